@@ -1,0 +1,10 @@
+"""Block-diagonal linear layers for PyTorch: many independent linear layers as one operation."""
+
+from blockdiag._load import extension
+from blockdiag.functional import linear
+from blockdiag.modules import BlockDiagLinear
+
+__all__ = ["BlockDiagLinear", "build_info", "linear"]
+
+build_info = extension.build_info
+__version__: str = build_info()["version"]

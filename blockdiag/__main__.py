@@ -1,0 +1,36 @@
+"""``python -m blockdiag``: the environment report that a bug report needs."""
+
+import os
+import platform
+import sys
+
+import torch
+
+import blockdiag
+
+
+def report() -> dict[str, str]:
+    """What blockdiag was built with and what it finds here, by name."""
+    built = blockdiag.build_info()
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    lines = {
+        "blockdiag": built["version"],
+        "built with": f"torch {built['torch']}, CUDA {built['cuda']}, compiler {built['compiler']}",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        "python": sys.version.replace("\n", " "),
+        "platform": platform.platform(),
+        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "CPU GEMM": built["cpu_gemm"],
+        "GPUs": ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in gpus) or "none",
+    }
+    if "cublas" in built:
+        lines["cuBLAS"] = built["cublas"]
+    for name in ("BLOCKDIAG_CPU_GEMM", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE"):
+        if name in os.environ:
+            lines[name] = os.environ[name]
+    return lines
+
+
+if __name__ == "__main__":
+    for name, value in report().items():
+        print(f"{name + ':':26}{value}")

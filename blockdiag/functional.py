@@ -1,0 +1,38 @@
+"""The functional form of the block-diagonal linear layer."""
+
+import torch
+from torch import Tensor
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Applies :math:`G` independent linear layers to :math:`G` slices of the input, as one operation.
+
+    ``output[..., g, :] = input[..., g, :] @ weight[g].T + bias[g]``: what :func:`torch.nn.functional.linear` computes
+    with the dense weight ``torch.block_diag(*weight)``, without the zeros.
+
+    Args:
+        input: :math:`(*, G \cdot K)`, the slices side by side (concatenated), or :math:`(*, G, K)` (stacked), with any
+            number of leading dimensions, none included. Where the sizes fit both, it is taken as concatenated.
+        weight: :math:`(G, N, K)`; block ``g`` is laid out as the weight of ``nn.Linear(K, N)``.
+        bias: :math:`(G \cdot N)` or :math:`(G, N)`, optional.
+
+    Returns:
+        :math:`(*, G \cdot N)` for concatenated input, :math:`(*, G, N)` for stacked input; always contiguous.
+
+    All tensors share one device and one dtype: float16, bfloat16 (both accumulated in float32), float32, float64,
+    complex64 or complex128. Under :class:`torch.autocast` they are cast as those of :func:`torch.nn.functional.linear`
+    are. Any strides are accepted; what BLAS can address is read where it lies. Differentiable to any order in reverse
+    mode.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit together, or a size exceeds BLAS's 32-bit integers. Raised
+            before any work is done.
+        NotImplementedError: the tensors are on a device that blockdiag has no kernels for, or was built without.
+
+    Example::
+
+        >>> x, w, b = torch.randn(128, 4 * 64), torch.randn(4, 32, 64), torch.randn(4 * 32)
+        >>> blockdiag.linear(x, w, b).shape
+        torch.Size([128, 128])
+    """
+    return torch.ops.blockdiag.linear(input, weight, bias)

@@ -1,0 +1,36 @@
+#include "blockdiag.h"
+#include "cpu/gemm.h"
+
+#include <torch/version.h>
+
+#ifdef BLOCKDIAG_CUDA
+#include "cuda/gemm.h"
+
+#include <cuda.h>
+#endif
+
+namespace blockdiag {
+
+// The Python package reads this string out of the compiled module before it loads it, to name both versions where they do
+// not match.
+extern const char kBuiltForTorch[];
+const char kBuiltForTorch[] = "blockdiag was built for torch " TORCH_VERSION;
+
+std::map<std::string, std::string> build_info() {
+  const std::string built_for = kBuiltForTorch;
+  std::map<std::string, std::string> info = {
+      {"version", BLOCKDIAG_VERSION},
+      {"torch", built_for.substr(built_for.rfind(' ') + 1)},
+      {"compiler", __VERSION__},
+      {"cpu_gemm", cpu::gemm_library()},
+  };
+#ifdef BLOCKDIAG_CUDA
+  info["cublas"] = cuda::cublas_versions();
+  info["cuda"] = std::to_string(CUDA_VERSION / 1000) + "." + std::to_string(CUDA_VERSION % 1000 / 10);
+#else
+  info["cuda"] = "none";
+#endif
+  return info;
+}
+
+} // namespace blockdiag

@@ -1,0 +1,193 @@
+#include "gemm.h"
+
+#include <ATen/Context.h>
+#include <ATen/cuda/CUDAContextLight.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <cublas_v2.h>
+
+namespace blockdiag::cuda {
+namespace {
+
+void check_status(cublasStatus_t status, const char* function, const Gemm& gemm, c10::ScalarType dtype) {
+  TORCH_CHECK(
+      status == CUBLAS_STATUS_SUCCESS,
+      "blockdiag: ",
+      function,
+      " returned ",
+      cublasGetStatusName(status),
+      " for a ",
+      c10::getDtypeNames(dtype).first,
+      " GEMM of m = ",
+      gemm.m,
+      ", n = ",
+      gemm.n,
+      ", k = ",
+      gemm.k,
+      ", batch = ",
+      gemm.batch,
+      ", lda = ",
+      gemm.a.ld,
+      ", ldb = ",
+      gemm.b.ld,
+      ", ldc = ",
+      gemm.c.ld
+  );
+}
+
+/// How cuBLAS is told of a dtype: half types are accumulated in float32.
+struct Types {
+  cudaDataType_t data;
+  cublasComputeType_t compute;
+};
+
+Types types_of(c10::ScalarType dtype, bool tf32) {
+  const auto compute_float = tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+  switch (dtype) {
+    case at::kHalf:
+      return {CUDA_R_16F, CUBLAS_COMPUTE_32F};
+    case at::kBFloat16:
+      return {CUDA_R_16BF, CUBLAS_COMPUTE_32F};
+    case at::kFloat:
+      return {CUDA_R_32F, compute_float};
+    case at::kDouble:
+      return {CUDA_R_64F, CUBLAS_COMPUTE_64F};
+    case at::kComplexFloat:
+      return {CUDA_C_32F, compute_float};
+    case at::kComplexDouble:
+      return {CUDA_C_64F, CUBLAS_COMPUTE_64F};
+    default:
+      TORCH_INTERNAL_ASSERT(false, "the check lets no other dtype pass");
+  }
+}
+
+/// Adds to the handle's math mode, for as long as it lives, that half products are not to be reduced in half precision if
+/// torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction says so.
+class ReductionMode {
+ public:
+  ReductionMode(cublasHandle_t handle, cublasMath_t mode, c10::ScalarType dtype) : handle_(handle), mode_(mode) {
+    const auto allow = at::CuBLASReductionOption::AllowReducedPrecisionWithSplitK;
+    const auto& context = at::globalContext();
+    disallow_ = (dtype == at::kHalf && context.allowFP16ReductionCuBLAS() != allow) ||
+                (dtype == at::kBFloat16 && context.allowBF16ReductionCuBLAS() != allow);
+    if (disallow_) {
+      cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
+    }
+  }
+  ReductionMode(const ReductionMode&) = delete;
+  ReductionMode& operator=(const ReductionMode&) = delete;
+  ~ReductionMode() {
+    if (disallow_) {
+      cublasSetMathMode(handle_, mode_);
+    }
+  }
+
+ private:
+  cublasHandle_t handle_;
+  cublasMath_t mode_;
+  bool disallow_;
+};
+
+/// 1 or 0 in every type that cuBLAS reads alpha and beta in: the compute type, real or complex.
+struct Scalar {
+  float as_float[2];
+  double as_double[2];
+
+  explicit Scalar(int value) : as_float{static_cast<float>(value), 0}, as_double{static_cast<double>(value), 0} {}
+
+  const void* as(cublasComputeType_t compute) const {
+    return compute == CUBLAS_COMPUTE_64F ? static_cast<const void*>(as_double) : as_float;
+  }
+};
+
+} // namespace
+
+void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, bool accumulate) {
+  // ATen's handle: bound to the current stream, with a workspace from the caching allocator that graph capture knows of,
+  // and in the math mode that torch.backends and torch.set_float32_matmul_precision ask for.
+  const cublasHandle_t handle = at::cuda::getCurrentCUDABlasHandle();
+  cublasMath_t mode = CUBLAS_DEFAULT_MATH;
+  check_status(cublasGetMathMode(handle, &mode), "cublasGetMathMode", gemm, dtype);
+  const ReductionMode reduction_mode(handle, mode, dtype);
+  const auto [data, compute] = types_of(dtype, (mode & CUBLAS_TF32_TENSOR_OP_MATH) == CUBLAS_TF32_TENSOR_OP_MATH);
+
+  const auto trans_a = gemm.a.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
+  const auto trans_b = gemm.b.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
+  // The check has made sure that every size and leading dimension fits 32 bits.
+  const int m = static_cast<int>(gemm.m), n = static_cast<int>(gemm.n), k = static_cast<int>(gemm.k);
+  const int lda = static_cast<int>(gemm.a.ld), ldb = static_cast<int>(gemm.b.ld), ldc = static_cast<int>(gemm.c.ld);
+  const Scalar one(1), beta(accumulate ? 1 : 0);
+  if (gemm.batch == 1) {
+    // The batched function is slower here (pytorch#114911).
+    check_status(
+        cublasGemmEx(
+            handle,
+            trans_a,
+            trans_b,
+            m,
+            n,
+            k,
+            one.as(compute),
+            a,
+            data,
+            lda,
+            b,
+            data,
+            ldb,
+            beta.as(compute),
+            c,
+            data,
+            ldc,
+            compute,
+            CUBLAS_GEMM_DEFAULT
+        ),
+        "cublasGemmEx",
+        gemm,
+        dtype
+    );
+    return;
+  }
+  check_status(
+      cublasGemmStridedBatchedEx(
+          handle,
+          trans_a,
+          trans_b,
+          m,
+          n,
+          k,
+          one.as(compute),
+          a,
+          data,
+          lda,
+          gemm.a.stride,
+          b,
+          data,
+          ldb,
+          gemm.b.stride,
+          beta.as(compute),
+          c,
+          data,
+          ldc,
+          gemm.c.stride,
+          static_cast<int>(gemm.batch),
+          compute,
+          CUBLAS_GEMM_DEFAULT
+      ),
+      "cublasGemmStridedBatchedEx",
+      gemm,
+      dtype
+  );
+}
+
+std::string cublas_versions() {
+  const auto found = [](libraryPropertyType property) {
+    int value = 0;
+    return cublasGetProperty(property, &value) == CUBLAS_STATUS_SUCCESS ? std::to_string(value) : "?";
+  };
+  return "built with " + std::to_string(CUBLAS_VER_MAJOR) + "." + std::to_string(CUBLAS_VER_MINOR) + "." +
+         std::to_string(CUBLAS_VER_PATCH) + ", found " + found(MAJOR_VERSION) + "." + found(MINOR_VERSION) + "." +
+         found(PATCH_LEVEL);
+}
+
+} // namespace blockdiag::cuda

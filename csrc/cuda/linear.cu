@@ -1,0 +1,58 @@
+#include "../pass.h"
+#include "gemm.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+namespace blockdiag {
+namespace {
+
+at::Tensor run(const Pass& pass) {
+  const c10::cuda::CUDAGuard guard(pass.a.device());
+  auto result = at::empty(pass.result_sizes, pass.a.options());
+  if (result.numel() == 0) {
+    return result;
+  }
+  const bool has_bias = pass.bias.defined();
+  if (has_bias) {
+    // The GEMM adds to it: no second pass over the result, and no rounding between product and bias.
+    result.view({-1, pass.bias.numel()}).copy_(pass.bias.view(-1));
+  } else if (pass.gemm.k == 0) {
+    result.zero_();
+  }
+  if (pass.gemm.k != 0) {
+    cuda::run_gemm(
+        pass.gemm,
+        result.scalar_type(),
+        pass.a.const_data_ptr(),
+        pass.b.const_data_ptr(),
+        result.mutable_data_ptr(),
+        /*accumulate=*/has_bias
+    );
+  }
+  return result;
+}
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  return run(linear_pass(input, weight, bias));
+}
+
+at::Tensor linear_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes) {
+  return run(linear_input_grad_pass(grad_output, weight, input_sizes));
+}
+
+at::Tensor linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  return run(linear_weight_grad_pass(grad_output, input, weight_sizes));
+}
+
+} // namespace
+} // namespace blockdiag
+
+TORCH_LIBRARY_IMPL(blockdiag, CUDA, m) {
+  m.impl("linear", TORCH_FN(blockdiag::linear));
+  m.impl("linear_input_grad", TORCH_FN(blockdiag::linear_input_grad));
+  m.impl("linear_weight_grad", TORCH_FN(blockdiag::linear_weight_grad));
+}
