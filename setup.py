@@ -33,7 +33,7 @@ if importlib.util.find_spec("torch") is None:
 def find_toolkit():
     """The folder of the CUDA toolkit that nvcc belongs to, or None.
 
-    nvcc on the PATH may be a wrapper script outside its toolkit, from whose place torch would guess wrong: nvcc is asked.
+    nvcc on the PATH may be a wrapper script outside its toolkit, and torch would guess its folder wrong: nvcc is asked.
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")

@@ -27,9 +27,9 @@ struct Blocks {
 
 /// One matrix per block, as BLAS is told of it: op, leading dimension, and the stride from block to block.
 struct Operand {
-  bool transpose;
-  int64_t ld;
-  int64_t stride;
+  bool transpose = false;
+  int64_t ld = 0;
+  int64_t stride = 0;
 };
 
 /// C[g] = op(A[g]) op(B[g]) for g < batch: op(A) is m x k, op(B) is k x n, C is m x n, all column-major.
@@ -68,17 +68,16 @@ inline std::optional<Operand> transposed_operand(const Blocks& blocks) {
 
 /// out[g] = left[g] right[g] for every block g, as BLAS computes it: out^T = right^T left^T.
 ///
-/// `left` and `right` must be addressable (see transposed_operand), and `out` row-major.
+/// `left` and `right` must be addressable (see transposed_operand), and `out` row-major. A product of no elements, or a sum
+/// of none, is not for BLAS: its operands are left unset, as its strides mean nothing.
 inline Gemm describe_product(const Blocks& left, const Blocks& right, const Blocks& out, int64_t num_blocks) {
-  return {
-      .m = right.cols,
-      .n = left.rows,
-      .k = left.cols,
-      .batch = num_blocks,
-      .a = transposed_operand(right).value(),
-      .b = transposed_operand(left).value(),
-      .c = transposed_operand(out).value(),
-  };
+  Gemm gemm{.m = right.cols, .n = left.rows, .k = left.cols, .batch = num_blocks, .a = {}, .b = {}, .c = {}};
+  if (gemm.m != 0 && gemm.n != 0 && gemm.k != 0 && gemm.batch != 0) {
+    gemm.a = transposed_operand(right).value();
+    gemm.b = transposed_operand(left).value();
+    gemm.c = transposed_operand(out).value();
+  }
+  return gemm;
 }
 
 } // namespace blockdiag

@@ -3,15 +3,16 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/complex.h>
 #include <c10/util/env.h>
 
 #include <algorithm>
-#include <array>
 
 #ifndef _WIN32
 #include <dlfcn.h>
@@ -143,20 +144,43 @@ at::Tensor row_major(
 void aten_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, bool accumulate) {
   const auto left = row_major(b, gemm, gemm.b, gemm.n, gemm.k, dtype);
   const auto right = row_major(a, gemm, gemm.a, gemm.k, gemm.m, dtype);
-  auto out = row_major(c, gemm, gemm.c, gemm.n, gemm.m, dtype);
-  if (accumulate) {
-    out.baddbmm_(left, right);
-  } else {
-    at::bmm_out(out, left, right);
+  const auto out = row_major(c, gemm, gemm.c, gemm.n, gemm.m, dtype);
+  // bmm may copy strided operands and compute a strided result in a copy: so that no copy grows with the tensors, it gets
+  // few blocks at a time, and large blocks go to mm, which copies none.
+  constexpr int64_t kCopyBytes = 1 << 18;
+  const int64_t largest = std::max({gemm.n * gemm.m, gemm.n * gemm.k, gemm.k * gemm.m});
+  const int64_t step = std::max<int64_t>(kCopyBytes / (largest * static_cast<int64_t>(c10::elementSize(dtype))), 1);
+  for (int64_t start = 0; start < gemm.batch; start += step) {
+    const int64_t count = std::min(step, gemm.batch - start);
+    auto target = count == 1 ? out[start] : out.narrow(0, start, count);
+    if (count == 1) {
+      accumulate ? target.addmm_(left[start], right[start]) : at::mm_out(target, left[start], right[start]);
+    } else if (accumulate) {
+      target.baddbmm_(left.narrow(0, start, count), right.narrow(0, start, count));
+    } else {
+      at::bmm_out(target, left.narrow(0, start, count), right.narrow(0, start, count));
+    }
   }
 }
 
 // ---- float16 and bfloat16 ----------------------------------------------------------------------------------------------
 
+/// Whether this CPU multiplies matrices of a half type, and torch's GEMM of them is worth calling.
+bool has_native_gemm(c10::ScalarType dtype) {
+  static const auto capabilities = at::cpu::get_cpu_capabilities();
+  const auto has = [](const char* name) {
+    const auto found = capabilities.find(name);
+    return found != capabilities.end() && found->second.isBool() && found->second.toBool();
+  };
+  static const bool bfloat16 = has("avx512_bf16") || has("amx_bf16");
+  static const bool float16 = has("avx512_fp16") || has("amx_fp16");
+  return at::globalContext().hasMKLDNN() && (dtype == at::kBFloat16 ? bfloat16 : float16);
+}
+
 constexpr int64_t kTile = 256; // rows and columns
 
-/// Computes half types through float32, tile by tile: few CPUs multiply them natively, and torch's GEMM of them is an order
-/// of magnitude slower than float32 on the others. The tiles keep the float32 copies in the cache.
+/// Computes half types through float32, tile by tile, so that the float32 copies stay in the cache: where the CPU does not
+/// multiply them itself, torch's GEMM of them is an order of magnitude slower.
 void gemm_through_float(
     const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, bool accumulate
 ) {
@@ -200,9 +224,10 @@ void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void
   const auto run_mkl = [&]<typename T>(MklGemmBatch gemm_batch, T /*zero*/) {
     mkl_gemm(gemm_batch, gemm, static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c), accumulate);
   };
-  if (dtype == at::kHalf || dtype == at::kBFloat16) {
+  const bool half = dtype == at::kHalf || dtype == at::kBFloat16;
+  if (half && !has_native_gemm(dtype)) {
     gemm_through_float(gemm, dtype, a, b, c, accumulate);
-  } else if (!mkl().available()) {
+  } else if (half || !mkl().available()) {
     aten_gemm(gemm, dtype, a, b, c, accumulate);
   } else if (dtype == at::kFloat) {
     run_mkl(mkl().s, 0.F);

@@ -1,0 +1,55 @@
+"""Devices: every test that takes `device` runs on the CPU, and on CUDA if there is a GPU and a CUDA build.
+
+FAIL_WITHOUT_CUDA=1 says that a GPU is expected: then a test that would be skipped for want of one fails.
+"""
+
+import os
+
+import pytest
+import torch
+
+import blockdiag
+
+
+def _why_no_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if blockdiag.build_info()["cuda"] == "none":
+        return "blockdiag was built without CUDA"
+    return None
+
+
+def require_cuda() -> None:
+    """Skips the test if it cannot run on a GPU, or fails it if a GPU is expected."""
+    reason = _why_no_cuda()
+    if reason is not None:
+        if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+            pytest.fail(f"FAIL_WITHOUT_CUDA=1, but {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request) -> str:
+    if request.param == "cuda":
+        require_cuda()
+    return request.param
+
+
+@pytest.fixture
+def cuda() -> str:
+    require_cuda()
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_strict():
+    """Same random numbers in every run, NaN in memory that an op leaves unwritten, full precision on a GPU."""
+    torch.manual_seed(0)
+    matmul = torch.backends.cuda.matmul
+    flags = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction)
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    # In deterministic mode torch.empty fills what it allocates with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = flags

@@ -1,0 +1,143 @@
+"""Gradients: every order, any subset, and what is kept for them."""
+
+import itertools
+import weakref
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import blockdiag
+from reference import Problem, linear, make, problem_id
+
+SMALL = [
+    Problem((3,), 2, 3, 4),
+    Problem((2, 2), 3, 1, 2),
+    Problem((), 2, 2, 3),
+    Problem((2,), 1, 3, 2),
+    Problem((0,), 2, 3, 2),
+    Problem((2,), 2, 0, 3),
+    Problem((2,), 2, 3, 0),
+    Problem((2,), 0, 3, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("bias", [None, "flat", "stacked"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
+@pytest.mark.parametrize("problem", SMALL, ids=problem_id)
+def test_gradcheck_and_gradgradcheck(problem, stacked, bias, dtype, device):
+    arguments = make(problem, dtype, device, stacked=stacked, bias=bias)
+    assert gradcheck(blockdiag.linear, arguments)
+    assert gradgradcheck(blockdiag.linear, arguments)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+def test_any_subset_of_gradients(wanted, device):
+    arguments = make(Problem((3,), 2, 3, 4), torch.float64, device)
+    for tensor, want in zip(arguments, wanted, strict=True):
+        tensor.requires_grad_(want)
+    assert gradcheck(blockdiag.linear, arguments)
+    assert gradgradcheck(blockdiag.linear, arguments)
+
+
+def test_backward_ops_are_differentiable_by_themselves(device):
+    input, weight, _ = make(Problem((3,), 2, 3, 4), torch.complex128, device, stacked=True)
+    grad_output = torch.randn(3, 2, 4, dtype=torch.complex128, device=device, requires_grad=True)
+    ops = torch.ops.blockdiag
+    for function, arguments in [
+        (lambda g, w: ops.linear_input_grad(g, w, [3, 2, 3]), (grad_output, weight)),
+        (lambda g, x: ops.linear_weight_grad(g, x, [2, 4, 3]), (grad_output, input)),
+    ]:
+        assert gradcheck(function, arguments)
+        assert gradgradcheck(function, arguments)
+
+
+def test_third_order(device):
+    def third(function):
+        arguments = [t.detach().clone().requires_grad_() for t in tensors]
+        value = function(*arguments).pow(3).sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(value, arguments, create_graph=True)
+            value = sum(grad.pow(2).sum() for grad in grads)
+        return value
+
+    tensors = make(Problem((3,), 2, 3, 4), torch.float64, device)
+    torch.testing.assert_close(third(blockdiag.linear), third(linear))
+
+
+def test_saves_only_input_and_weight_and_only_where_needed(device):
+    """F.linear keeps the input only for the weight's gradient, and the weight only for the input's: so do we."""
+    saved = []
+    for input_grad, weight_grad in itertools.product([False, True], repeat=2):
+        input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float32, device)
+        input.requires_grad_(input_grad)
+        weight.requires_grad_(weight_grad)
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.data_ptr()), lambda _: None):
+            blockdiag.linear(input, weight, bias)
+        expected = {weight.data_ptr()} if input_grad else set()
+        expected |= {input.data_ptr()} if weight_grad else set()
+        assert set(saved) == expected
+
+
+def test_graph_is_freed_without_the_garbage_collector(device):
+    input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float32, device)
+    hidden = input * 2
+    reference = weakref.ref(hidden)
+    output = blockdiag.linear(hidden, weight, bias)
+    del hidden
+    output.sum().backward()
+    del output
+    assert reference() is None
+
+
+def test_in_place_change_of_a_saved_tensor_is_caught(device):
+    input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float32, device)
+    output = blockdiag.linear(input, weight, bias)
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_no_grad_and_inference_mode(device):
+    input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float32, device)
+    expected = blockdiag.linear(input, weight, bias)
+    assert expected.grad_fn is not None
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            actual = blockdiag.linear(input, weight, bias)
+        assert not actual.requires_grad
+        assert torch.equal(actual, expected)
+
+
+def test_forward_mode_is_refused_rather_than_dropped(device):
+    input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float64, device)
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(input.detach(), torch.ones_like(input))
+        with pytest.raises(RuntimeError, match="jvp is not implemented"):
+            blockdiag.linear(dual, weight, bias)
+
+
+def test_accumulation_retained_graphs_and_hooks(device):
+    input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float64, device)
+    seen = []
+    weight.register_hook(seen.append)
+    output = blockdiag.linear(input, weight, bias)
+    output.sum().backward(retain_graph=True)
+    once = weight.grad.clone()
+    output.sum().backward()
+    assert torch.equal(weight.grad, 2 * once)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant, device):
+    from torch.utils.checkpoint import checkpoint
+
+    input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float64, device)
+    checkpoint(blockdiag.linear, input, weight, bias, use_reentrant=use_reentrant).sum().backward()
+    actual = (input.grad, weight.grad, bias.grad)
+    expected = torch.autograd.grad(blockdiag.linear(input, weight, bias).sum(), (input, weight, bias))
+    torch.testing.assert_close(actual, expected)

@@ -1,0 +1,131 @@
+"""torch.library.opcheck, torch.compile and what stands on fake tensors."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import blockdiag
+from reference import DTYPES, Problem, make, problem_id
+
+OPS = torch.ops.blockdiag
+
+
+def _views(tensor):
+    """The tensor contiguous, transposed and sliced."""
+    yield tensor
+    yield tensor.detach().mT.contiguous().mT.requires_grad_(tensor.requires_grad)
+    yield torch.cat([tensor.detach()] * 2, -1)[..., : tensor.shape[-1]].requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["constant", "differentiable"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
+@pytest.mark.parametrize("bias", [None, "flat", "stacked"])
+def test_opcheck(bias, stacked, requires_grad, dtype, device):
+    input, weight, bias = make(Problem((4,), 3, 2, 5), dtype, device, stacked=stacked, bias=bias)
+    for tensor in (input, weight, bias):
+        if tensor is not None:
+            tensor.requires_grad_(requires_grad)
+    arguments = (input, weight) if bias is None else (input, weight, bias)
+    torch.library.opcheck(OPS.linear.default, arguments)
+    grad_output = torch.randn_like(OPS.linear(*arguments)).requires_grad_(requires_grad)
+    torch.library.opcheck(OPS.linear_input_grad.default, (grad_output, weight, list(input.shape)))
+    torch.library.opcheck(OPS.linear_weight_grad.default, (grad_output, input, list(weight.shape)))
+
+
+@pytest.mark.parametrize(
+    "problem", [Problem((4,), 3, 2, 5), Problem((2, 3), 2, 4, 1), Problem((4,), 1, 3, 2)], ids=problem_id
+)
+def test_opcheck_strided(problem, device):
+    input, weight, bias = make(problem, torch.float32, device, stacked=True)
+    for strided_input in _views(input):
+        for strided_weight in _views(weight):
+            torch.library.opcheck(OPS.linear.default, (strided_input, strided_weight, bias))
+
+
+def test_fake_and_real_outputs_agree(device):
+    """Sizes, strides, dtype and device, for inputs of every layout."""
+    input, weight, bias = make(Problem((4, 2), 3, 2, 5), torch.float32, device, stacked=True)
+    for strided_input in _views(input):
+        real = blockdiag.linear(strided_input, weight, bias)
+        with FakeTensorMode() as mode:
+            fake = blockdiag.linear(*(mode.from_tensor(t) for t in (strided_input, weight, bias)))
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+        assert fake.device == real.device
+
+
+class Net(torch.nn.Module):
+    def __init__(self, device):
+        super().__init__()
+        self.first = blockdiag.BlockDiagLinear(12, 24, 3, device=device)
+        self.second = blockdiag.BlockDiagLinear(24, 6, 3, bias=False, device=device)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x) * 2))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_one_graph_for_all_batch_sizes(backend, device):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    net = Net(device)
+    compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=True)
+    for batch in (5, 7, 64, 3):
+        x = torch.randn(batch, 12, device=device, requires_grad=True)
+        expected = net(x)
+        actual = compiled(x)
+        torch.testing.assert_close(actual, expected)
+        wanted = (x, *net.parameters())
+        torch.testing.assert_close(
+            torch.autograd.grad(actual.square().sum(), wanted), torch.autograd.grad(expected.square().sum(), wanted)
+        )
+    assert counter.frame_count == 1
+
+
+def test_compile_default_settings_with_autocast(device):
+    torch._dynamo.reset()
+    net = Net(device)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return net(x)
+
+    x = torch.randn(8, 12, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        expected = net(x)
+    actual = step(x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected)
+
+
+def test_compiled_autograd(device):
+    torch._dynamo.reset()
+    net = Net(device)
+    x = torch.randn(8, 12, device=device)
+    net(x).square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: net(x).square().sum().backward(), backend="aot_eager")()
+    torch.testing.assert_close([parameter.grad for parameter in net.parameters()], expected)
+
+
+def test_symbolic_sizes_keep_the_graph_general():
+    """make_fx over symbolic shapes: the op stays one node, and the batch stays a symbol."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    input, weight, bias = (tensor.detach() for tensor in make(Problem((4,), 3, 2, 5), torch.float32, "cpu"))
+    graph = make_fx(blockdiag.linear, tracing_mode="symbolic")(input, weight, bias)
+    calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert calls.count(OPS.linear.default) == 1
+    larger = torch.randn(9, 6)
+    torch.testing.assert_close(graph(larger, weight, bias), blockdiag.linear(larger, weight, bias))
+
+
+def test_export():
+    net = Net("cpu").eval()
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(net, (torch.randn(4, 12),), dynamic_shapes=({0: batch},))
+    x = torch.randn(9, 12)
+    torch.testing.assert_close(program.module()(x), net(x))

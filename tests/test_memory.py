@@ -1,0 +1,98 @@
+"""What a call allocates: its results and, beside them, nothing of their size.
+
+MKL's own packing buffers are out of torch's sight and not counted; they do not grow with the tensors.
+"""
+
+import pytest
+import torch
+
+import blockdiag
+from reference import Problem, make
+
+PROBLEM = Problem((1024,), 8, 256, 256)
+# A part of a result that a tile or a few blocks may take: all of it would be 2 MiB and more.
+SCRATCH = 1 << 20
+
+
+def allocated(function, device) -> tuple[int, object]:
+    """The most bytes that torch held at once during the call beyond those it held before, and the call's result."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        return torch.cuda.max_memory_allocated() - before, result
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    events = profile.profiler.kineto_results.experimental_event_tree()
+    deltas = []
+
+    def visit(event):
+        if event.tag.name == "Allocation":
+            deltas.append((event.start_time_ns, event.typed[1].alloc_size))
+        for child in event.children:
+            visit(child)
+
+    for event in events:
+        visit(event)
+    held = peak = 0
+    for _, delta in sorted(deltas):
+        held += delta
+        peak = max(peak, held)
+    return peak, result
+
+
+def result_bytes(*tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def warm_up(function, device):
+    if device == "cuda":
+        function()  # cuBLAS's workspace is allocated once and kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
+@pytest.mark.parametrize("bias", [None, "flat"])
+def test_forward_allocates_the_output_alone(bias, stacked, dtype, device):
+    arguments = [t for t in make(PROBLEM, dtype, device, stacked=stacked, bias=bias) if t is not None]
+
+    def forward():
+        return blockdiag.linear(*arguments)
+
+    warm_up(forward, device)
+    peak, output = allocated(forward, device)
+    assert result_bytes(output) <= peak <= result_bytes(output) + SCRATCH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
+def test_backward_allocates_the_gradients_alone(stacked, dtype, device):
+    arguments = make(PROBLEM, dtype, device, stacked=stacked)
+    output = blockdiag.linear(*arguments)
+    grad_output = torch.randn_like(output)
+
+    def backward():
+        return torch.autograd.grad(output, arguments, grad_output, retain_graph=True)
+
+    warm_up(backward, device)
+    peak, grads = allocated(backward, device)
+    assert result_bytes(*grads) <= peak <= result_bytes(*grads) + SCRATCH
+
+
+def test_views_are_read_where_they_lie(device):
+    """A slice of a wider input, a block-major input, a transposed weight and a sliced gradient are not copied."""
+    wide = torch.randn(1024, 8 * 256 + 64, device=device)
+    block_major = torch.randn(8, 1024, 256, device=device).transpose(0, 1)
+    weight = torch.randn(8, 256, 256, device=device).mT
+    grad_output = wide[:, 64:]
+    ops = torch.ops.blockdiag
+    for call in (
+        lambda: ops.linear(wide[:, 64:], weight),
+        lambda: ops.linear(block_major, weight),
+        lambda: ops.linear_input_grad(grad_output, weight, [1024, 2048]),
+        lambda: ops.linear_weight_grad(grad_output, wide[:, :2048], [8, 256, 256]),
+    ):
+        warm_up(call, device)
+        peak, result = allocated(call, device)
+        assert peak <= result_bytes(result) + SCRATCH

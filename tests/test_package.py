@@ -1,0 +1,132 @@
+"""Loading, reporting, and what is said when something does not fit."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import blockdiag
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd=None, **environment):
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_version_stands_in_one_file():
+    version = (ROOT / "VERSION").read_text().strip()
+    assert blockdiag.__version__ == version
+    others = [ROOT / name for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "blockdiag/__init__.py")]
+    assert not any(version in path.read_text() for path in others)
+
+
+def test_report():
+    result = run(sys.executable, "-m", "blockdiag")
+    assert result.returncode == 0, result.stderr
+    for expected in (blockdiag.__version__, torch.__version__, blockdiag.build_info()["cpu_gemm"], "GPUs:"):
+        assert expected in result.stdout
+
+
+@pytest.fixture
+def copied_package(tmp_path):
+    """A copy of the package to damage, and how to import it."""
+    package = tmp_path / "blockdiag"
+    shutil.copytree(Path(blockdiag.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def import_it():
+        result = run(sys.executable, "-c", "import blockdiag; print(blockdiag.__file__)", cwd=tmp_path, PYTHONPATH="")
+        assert result.returncode == 0 or "ImportError: " in result.stderr, result.stderr
+        return result.stdout + result.stderr.rpartition("ImportError: ")[2]
+
+    assert str(package) in import_it()
+    (module,) = package.glob("_C*.so")
+    return module, import_it
+
+
+def test_missing_module(copied_package):
+    module, import_it = copied_package
+    module.unlink()
+    assert re.match(
+        r"blockdiag's compiled module is missing from .*pip install --no-build-isolation", import_it(), re.S
+    )
+
+
+def test_built_for_another_torch(copied_package):
+    """The module is not loaded: it is refused by the version that it was built for, before it can crash."""
+    module, import_it = copied_package
+    built_for = blockdiag.build_info()["torch"]
+    other = "1" + built_for[1:]
+    data = module.read_bytes()
+    old, new = (f"blockdiag was built for torch {version}".encode() for version in (built_for, other))
+    assert data.count(old) == 1
+    module.write_bytes(data.replace(old, new))
+    message = import_it()
+    assert message.startswith(
+        f"blockdiag was built for torch {other}, but this environment has torch {torch.__version__}"
+    )
+    assert "pip install --no-build-isolation" in message
+
+
+def test_module_that_does_not_load(copied_package):
+    module, import_it = copied_package
+    module.write_bytes(b"not a library")
+    message = import_it()
+    assert message.startswith(f"blockdiag's compiled module cannot be loaded beside torch {torch.__version__}: ")
+    assert "pip install --no-build-isolation" in message
+
+
+def without_torch(code, cwd):
+    """Runs `code` in an interpreter that finds the standard library and setuptools, but no torch."""
+    hide = "import sys; sys.modules['torch'] = None; sys.path.insert(0, '.'); "
+    return run(sys.executable, "-c", hide + code, cwd=cwd)
+
+
+def test_import_without_torch():
+    result = without_torch("import blockdiag", ROOT)
+    assert "ImportError: blockdiag needs torch, and this environment has none." in result.stderr
+
+
+def test_build_without_torch():
+    """What pip shows of setup.py in an isolated build."""
+    hide = (
+        "import importlib.util as u, runpy; find = u.find_spec; "
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest); "
+        "runpy.run_path('setup.py')"
+    )
+    result = run(sys.executable, "-c", hide, cwd=ROOT)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "pip install --no-build-isolation ." in result.stderr
+
+
+def test_contradicting_build_switches():
+    result = run(sys.executable, "setup.py", "--version", cwd=ROOT, FORCE_CUDA="1", FORCE_CPU="1")
+    assert result.returncode == 1
+    assert "FORCE_CUDA=1 and FORCE_CPU=1 contradict each other" in result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_force_cuda_without_a_cuda_torch():
+    result = run(sys.executable, "setup.py", "--version", cwd=ROOT, FORCE_CUDA="1")
+    assert result.returncode == 1
+    assert re.search(r"FORCE_CUDA=1, but torch .* was built without CUDA", result.stderr)
+
+
+def test_without_mkl():
+    """The portable path computes the same: the tests of values and layouts again, with MKL hidden."""
+    if blockdiag.build_info()["cpu_gemm"] == "aten":
+        pytest.skip("the portable path is the one that all tests run on")
+    tests = [str(ROOT / "tests" / name) for name in ("test_linear.py", "test_random.py", "test_memory.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not cuda", *tests]
+    result = run(*command, cwd=ROOT, BLOCKDIAG_CPU_GEMM="aten")
+    assert result.returncode == 0, result.stdout[-3000:]
+    info = run(sys.executable, "-c", "import blockdiag; print(blockdiag.build_info())", BLOCKDIAG_CPU_GEMM="aten")
+    assert "'cpu_gemm': 'aten'" in info.stdout
