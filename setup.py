@@ -79,7 +79,7 @@ def pip_cuda_headers():
     """The header folders of NVIDIA's libraries as pip installs them (nvidia/cu13/include and the like)."""
     nvidia = importlib.util.find_spec("nvidia")
     roots = nvidia.submodule_search_locations if nvidia else []
-    return [str(path) for root in roots for path in sorted(Path(root).glob("cu*/include"))]
+    return [str(path) for root in roots for path in sorted(Path(root).glob("cu[0-9]*/include"))]
 
 
 def make_extension():
@@ -96,9 +96,10 @@ def make_extension():
     flags = ["-std=c++20", "-O3"]
     for path in include_paths():
         flags += ["-isystem", path]
-    # at::parallel_for runs serially in code that is compiled without OpenMP.
+    # at::parallel_for runs serially in code that is compiled without OpenMP. Its runtime is the one that torch loads: not
+    # linked again.
     compile_args = {"cxx": [*flags, "-g0", "-fopenmp", "-Wall", "-Wextra"]}
-    arguments = {"define_macros": macros, "extra_compile_args": compile_args, "extra_link_args": ["-fopenmp"]}
+    arguments = {"define_macros": macros, "extra_compile_args": compile_args}
     if not with_cuda:
         return CppExtension("blockdiag._C", sources, **arguments)
 
