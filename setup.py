@@ -82,10 +82,16 @@ def pip_cuda_headers():
     return [str(path) for root in roots for path in sorted(Path(root).glob("cu[0-9]*/include"))]
 
 
+def torch_release():
+    """The "2.11" of torch 2.11.0: the part of its version that fixes the interface of compiled code."""
+    release = torch.__version__.split(".")[:2]
+    if tuple(map(int, release)) < MINIMUM_TORCH:
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        sys.exit(f"blockdiag needs torch {minimum} or newer, but this environment has torch {torch.__version__}.")
+    return ".".join(release)
+
+
 def make_extension():
-    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if found < MINIMUM_TORCH:
-        sys.exit(f"blockdiag needs torch {'.'.join(map(str, MINIMUM_TORCH))} or newer, but found {torch.__version__}.")
     with_cuda, why = decide_cuda()
     print(f"blockdiag {VERSION}: building {'CUDA and CPU' if with_cuda else 'CPU only'} ({why})", flush=True)
 
@@ -96,8 +102,8 @@ def make_extension():
     flags = ["-std=c++20", "-O3"]
     for path in include_paths():
         flags += ["-isystem", path]
-    # at::parallel_for runs serially in code that is compiled without OpenMP. Its runtime is the one that torch loads: not
-    # linked again.
+    # at::parallel_for runs serially in code that is compiled without OpenMP. Its runtime is the one that torch loads:
+    # not linked again.
     compile_args = {"cxx": [*flags, "-g0", "-fopenmp", "-Wall", "-Wextra"]}
     arguments = {"define_macros": macros, "extra_compile_args": compile_args}
     if not with_cuda:
@@ -115,4 +121,10 @@ def make_extension():
     return extension
 
 
-setup(version=VERSION, ext_modules=[make_extension()], cmdclass={"build_ext": BuildExtension})
+setup(
+    version=VERSION,
+    license="Apache-2.0",
+    install_requires=[f"torch=={torch_release()}.*"],
+    ext_modules=[make_extension()],
+    cmdclass={"build_ext": BuildExtension},
+)

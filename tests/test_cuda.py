@@ -36,8 +36,6 @@ class TestBuild:
         with FakeTensorMode():
             layer = blockdiag.BlockDiagLinear(256, 128, 4, device="cuda", dtype=dtype)
             x = torch.empty(32, 256, device="cuda", dtype=dtype)
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                assert layer(x).dtype == torch.bfloat16
             output = layer(x)
             input_grad = torch.ops.blockdiag.linear_input_grad(output, layer.weight, x.shape)
             weight_grad = torch.ops.blockdiag.linear_weight_grad(output, x, layer.weight.shape)
@@ -45,6 +43,20 @@ class TestBuild:
         assert output.grad_fn is not None
         assert (input_grad.shape, weight_grad.shape) == (x.shape, layer.weight.shape)
         assert {(t.device.type, t.dtype) for t in (output, input_grad, weight_grad)} == {("cuda", dtype)}
+
+    def test_autocasts_fake_cuda_tensors(self):
+        """Switched on as torch.autocast does, which itself refuses to without a GPU."""
+        before = torch.get_autocast_dtype("cuda")
+        with FakeTensorMode():
+            layer = blockdiag.BlockDiagLinear(256, 128, 4, device="cuda")
+            x = torch.empty(32, 256, device="cuda", dtype=torch.float16)
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            torch.set_autocast_enabled("cuda", True)
+            try:
+                assert layer(x).dtype == torch.bfloat16
+            finally:
+                torch.set_autocast_enabled("cuda", False)
+                torch.set_autocast_dtype("cuda", before)
 
     def test_reports_cublas(self):
         assert blockdiag.build_info()["cublas"].startswith("built with ")

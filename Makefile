@@ -1,0 +1,53 @@
+# The everyday commands. Each sets up what it needs: python3, g++ and make are enough to start from.
+#
+# TORCH=torch==X.Y.Z make ...   with that torch, rather than the active environment's or the default
+# VENV=DIR make ...             with the environment there
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+CMAKE_BUILD := build/cmake
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+.PHONY: demo test test-python test-cpp lint format report clean
+
+demo: $(VENV)/built
+	$(BIN)/python examples/packed_ensemble_digits.py
+
+test: test-python test-cpp
+
+test-python: $(VENV)/built
+	$(BIN)/python -m pytest
+
+test-cpp: $(VENV)/built
+	$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	$(BIN)/cmake --build $(CMAKE_BUILD)
+	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy blockdiag
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.cu' '*.h')
+
+report: $(VENV)/built
+	$(BIN)/python -m blockdiag
+
+clean:
+	rm -rf $(VENV) build demo-output *.egg-info blockdiag/*.so
+
+# The first build is part of the installation; later ones compile only what changed.
+$(VENV)/installed: pyproject.toml setup.py VERSION scripts/create_env.sh
+	rm -f $(VENV)/built
+	scripts/create_env.sh $(VENV)
+	touch $@ $(VENV)/built
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	[ $@ -nt $(VENV)/installed ] || [ ! -e $@ ] || touch $@
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py build_ext --inplace
+	touch $@
