@@ -20,17 +20,17 @@ test-python: $(VENV)/built
 
 test-cpp: $(VENV)/built
 	$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" $(CMAKE_ARGS)
 	$(BIN)/cmake --build $(CMAKE_BUILD)
 	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
-lint: $(VENV)/installed
+lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy blockdiag
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
 
-format: $(VENV)/installed
+format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.cu' '*.h')
@@ -41,13 +41,12 @@ report: $(VENV)/built
 clean:
 	rm -rf $(VENV) build demo-output *.egg-info blockdiag/*.so
 
-# The first build is part of the installation; later ones compile only what changed.
-$(VENV)/installed: pyproject.toml setup.py VERSION scripts/create_env.sh
-	rm -f $(VENV)/built
-	scripts/create_env.sh $(VENV)
-	touch $@ $(VENV)/built
-
-$(VENV)/built: $(VENV)/installed $(SOURCES)
-	[ $@ -nt $(VENV)/installed ] || [ ! -e $@ ] || touch $@
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py build_ext --inplace
+# A first build is part of the installation; after it, only what changed is compiled.
+INSTALLED_FROM := pyproject.toml setup.py VERSION scripts/create_env.sh
+$(VENV)/built: $(INSTALLED_FROM) $(SOURCES)
+	if [ -n "$(filter $(INSTALLED_FROM),$?)" ]; then \
+	  scripts/create_env.sh $(VENV); \
+	else \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py build_ext --inplace; \
+	fi
 	touch $@

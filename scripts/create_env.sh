@@ -5,7 +5,7 @@
 # caller, that is installed in any case. The active environment is left as it is.
 set -euo pipefail
 
-dir=$1
+dir=$(realpath -m "$1")
 python=${PYTHON:-python3}
 default_torch=torch==2.13.0
 
@@ -32,16 +32,18 @@ except ImportError:
 PY
 )
 
-pip() { "$dir/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+export PATH="$dir/bin:$PATH" # the build finds ninja there
+pip() { python -m pip --disable-pip-version-check "$@"; }
+site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+rm -f "$site/existing-torch.pth"
 if [ -z "${TORCH:-}" ] && [ -n "$existing" ]; then
-  echo "Using the torch of $("$python" -c 'import sys; print(sys.prefix)')"
-  site=$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   echo "$existing" >"$site/existing-torch.pth"
+  python -c 'import torch; print(f"Using torch {torch.__version__} of {torch.__path__[0]}")'
 else
-  echo "Installing ${TORCH:-$default_torch}"
   pip install "${TORCH:-$default_torch}"
 fi
-pip install ninja pybind11 'setuptools>=70' wheel
+pip install -qq ninja pybind11 'setuptools>=70' wheel
 
-echo "Building blockdiag and installing what its tests and examples need"
-pip install --no-build-isolation --editable '.[demo,lint,test]'
+echo "Building blockdiag, and installing what its tests and examples need"
+pip install -qq --no-build-isolation --editable '.[demo,lint,test]'
+python -m blockdiag

@@ -1,0 +1,1 @@
+"""Timings of the ways to write a block-diagonal linear layer. Run: python -m benchmarks --help"""
