@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import sys
 
 import torch
@@ -12,6 +13,7 @@ import blockdiag
 def report() -> dict[str, str]:
     """What blockdiag was built with and what it finds here, by name."""
     built = blockdiag.build_info()
+    config = torch.__config__.show()
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     lines = {
         "blockdiag": built["version"],
@@ -20,6 +22,7 @@ def report() -> dict[str, str]:
         "python": sys.version.replace("\n", " "),
         "platform": platform.platform(),
         "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "BLAS of torch": ", ".join(re.findall(r"BLAS_INFO=\w+|Math Kernel Library Version [\d.]+", config)),
         "CPU GEMM": built["cpu_gemm"],
         "GPUs": ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in gpus) or "none",
     }
