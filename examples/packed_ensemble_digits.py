@@ -207,7 +207,9 @@ def main() -> int:
         # In turn, so that a machine that slows down hits both; each goes first as often as the other.
         for trainer in (packed, loop) if epoch % 2 == 0 else (loop, packed):
             trainer.run_epoch(epoch_images, train_labels[order], arguments.batch_size)
-        progress.set_postfix(speedup=f"{statistics.median(loop.seconds) / statistics.median(packed.seconds):.1f}x")
+        progress.set_postfix(
+            speedup=f"{statistics.median(loop.seconds) / statistics.median(packed.seconds):.1f}x", refresh=False
+        )
 
     with torch.no_grad():
         members = packed_model(test_images).softmax(-1).cpu()
