@@ -1,4 +1,4 @@
-// One pass of the layer, from tensors to a GEMM ready to run. Shared by the backends; does no arithmetic itself.
+// One pass of the layer, from tensors to a GEMM that a backend runs.
 #pragma once
 
 #include "gemm.h"
@@ -26,5 +26,16 @@ Pass linear_pass(const at::Tensor& input, const at::Tensor& weight, const std::o
 Pass linear_input_grad_pass(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes);
 
 Pass linear_weight_grad_pass(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes);
+
+/// How a backend computes a pass. Neither is called with a size of 0.
+struct Backend {
+  /// Writes the bias into every row of the result.
+  void (*fill_rows)(const at::Tensor& result, const at::Tensor& bias);
+  /// Runs the GEMM on data of `dtype`; adds to what C holds if `accumulate`, and overwrites it if not.
+  void (*run_gemm)(const Gemm& gemm, at::ScalarType dtype, const void* a, const void* b, void* c, bool accumulate);
+};
+
+/// Allocates the result of a pass, and computes it.
+at::Tensor run(const Pass& pass, const Backend& backend);
 
 } // namespace blockdiag

@@ -2,7 +2,6 @@
 #include "gemm.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -10,7 +9,6 @@
 namespace blockdiag {
 namespace {
 
-/// Writes the bias into every row of the result.
 void fill_rows(const at::Tensor& result, const at::Tensor& bias) {
   const size_t row_bytes = bias.nbytes();
   auto* const rows = static_cast<char*>(result.mutable_data_ptr());
@@ -25,27 +23,7 @@ void fill_rows(const at::Tensor& result, const at::Tensor& bias) {
 }
 
 at::Tensor run(const Pass& pass) {
-  auto result = at::empty(pass.result_sizes, pass.a.options());
-  if (result.numel() == 0) {
-    return result;
-  }
-  const bool has_bias = pass.bias.defined();
-  if (has_bias) {
-    fill_rows(result, pass.bias);
-  } else if (pass.gemm.k == 0) {
-    result.zero_();
-  }
-  if (pass.gemm.k != 0) {
-    cpu::run_gemm(
-        pass.gemm,
-        result.scalar_type(),
-        pass.a.const_data_ptr(),
-        pass.b.const_data_ptr(),
-        result.mutable_data_ptr(),
-        /*accumulate=*/has_bias
-    );
-  }
-  return result;
+  return blockdiag::run(pass, {fill_rows, cpu::run_gemm});
 }
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {

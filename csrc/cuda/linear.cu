@@ -1,37 +1,19 @@
 #include "../pass.h"
 #include "gemm.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 namespace blockdiag {
 namespace {
 
+void fill_rows(const at::Tensor& result, const at::Tensor& bias) {
+  result.view({-1, bias.numel()}).copy_(bias.view(-1));
+}
+
 at::Tensor run(const Pass& pass) {
   const c10::cuda::CUDAGuard guard(pass.a.device());
-  auto result = at::empty(pass.result_sizes, pass.a.options());
-  if (result.numel() == 0) {
-    return result;
-  }
-  const bool has_bias = pass.bias.defined();
-  if (has_bias) {
-    // The GEMM adds to it: no second pass over the result, and no rounding between product and bias.
-    result.view({-1, pass.bias.numel()}).copy_(pass.bias.view(-1));
-  } else if (pass.gemm.k == 0) {
-    result.zero_();
-  }
-  if (pass.gemm.k != 0) {
-    cuda::run_gemm(
-        pass.gemm,
-        result.scalar_type(),
-        pass.a.const_data_ptr(),
-        pass.b.const_data_ptr(),
-        result.mutable_data_ptr(),
-        /*accumulate=*/has_bias
-    );
-  }
-  return result;
+  return blockdiag::run(pass, {fill_rows, cuda::run_gemm});
 }
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
