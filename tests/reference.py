@@ -67,6 +67,7 @@ PROBLEMS = [
     Problem((19,), 1, 31, 29),  # one block: a plain linear layer
     Problem((5000,), 2, 3, 4),  # large batch
     Problem((4,), 97, 2, 3),  # many tiny blocks
+    Problem((2,), 70000, 1, 2),  # more blocks than a CUDA grid's last dimension
     Problem((9,), 2, 300, 270),  # larger than a tile
     Problem((0,), 3, 4, 5),
     Problem((2, 0, 3), 3, 4, 5),

@@ -7,6 +7,8 @@
 
 #include <cublas_v2.h>
 
+#include <algorithm>
+
 namespace blockdiag::cuda {
 namespace {
 
@@ -148,36 +150,41 @@ void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void
     );
     return;
   }
-  check_status(
-      cublasGemmStridedBatchedEx(
-          handle,
-          trans_a,
-          trans_b,
-          m,
-          n,
-          k,
-          one.as(compute),
-          a,
-          data,
-          lda,
-          gemm.a.stride,
-          b,
-          data,
-          ldb,
-          gemm.b.stride,
-          beta.as(compute),
-          c,
-          data,
-          ldc,
-          gemm.c.stride,
-          static_cast<int>(gemm.batch),
-          compute,
-          CUBLAS_GEMM_DEFAULT
-      ),
-      "cublasGemmStridedBatchedEx",
-      gemm,
-      dtype
-  );
+  // Batched kernels index blocks with a grid dimension that ends at 65535.
+  constexpr int64_t kMaxBatch = 65535;
+  const auto bytes = static_cast<int64_t>(c10::elementSize(dtype));
+  for (int64_t start = 0; start < gemm.batch; start += kMaxBatch) {
+    check_status(
+        cublasGemmStridedBatchedEx(
+            handle,
+            trans_a,
+            trans_b,
+            m,
+            n,
+            k,
+            one.as(compute),
+            static_cast<const char*>(a) + start * gemm.a.stride * bytes,
+            data,
+            lda,
+            gemm.a.stride,
+            static_cast<const char*>(b) + start * gemm.b.stride * bytes,
+            data,
+            ldb,
+            gemm.b.stride,
+            beta.as(compute),
+            static_cast<char*>(c) + start * gemm.c.stride * bytes,
+            data,
+            ldc,
+            gemm.c.stride,
+            static_cast<int>(std::min(kMaxBatch, gemm.batch - start)),
+            compute,
+            CUBLAS_GEMM_DEFAULT
+        ),
+        "cublasGemmStridedBatchedEx",
+        gemm,
+        dtype
+    );
+  }
 }
 
 std::string cublas_versions() {
