@@ -32,7 +32,7 @@ rm -f blockdiag/_C*
 failed=()
 
 echo "== build ($BLOCKDIAG_COMMIT)"
-FORCE_CUDA=1 timeout 150 python3 setup.py build_ext --inplace >"$out/build.log" 2>&1 || {
+FORCE_CUDA=1 timeout 120 python3 setup.py build_ext --inplace >"$out/build.log" 2>&1 || {
   tail -n 30 "$out/build.log"
   exit 1
 }
@@ -48,7 +48,7 @@ FAIL_WITHOUT_CUDA=1 FAIL_WITHOUT_CUDA_BUILD=1 timeout 200 \
 tail -n 25 "$out/tests.log"
 
 echo "== timing"
-timeout 180 python3 -m benchmarks --device cuda --output "$out/timing.json" >"$out/timing.log" 2>"$out/timing.err" ||
+timeout 200 python3 -m benchmarks --device cuda --rounds 7 --output "$out/timing.json" >"$out/timing.log" 2>"$out/timing.err" ||
   failed+=(timing)
 cat "$out/timing.log"
 [ -s "$out/timing.json" ] || tail -n 20 "$out/timing.err"
