@@ -5,7 +5,6 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <initializer_list>
 #include <utility>
 
@@ -85,25 +84,34 @@ LinearSizes check_sizes(const char* op, c10::SymIntArrayRef input, c10::SymIntAr
   TORCH_CHECK(!input.empty(), op, ": expected input to have at least 1 dimension, but got a scalar");
   LinearSizes sizes{1, weight[0], weight[2], weight[1], is_stacked(input, weight), {}};
   const auto& [batch, num_blocks, in_block, out_block, stacked, output] = sizes;
+  // Each by itself first, so that their products do not overflow.
+  check_fits_blas(op, "num_blocks", num_blocks);
+  check_fits_blas(op, "in_block", in_block);
+  check_fits_blas(op, "out_block", out_block);
   const auto in_features = num_blocks * in_block;
   const auto out_features = num_blocks * out_block;
-  if (!stacked) {
-    const bool fits = TORCH_GUARD_OR_FALSE(input.back().sym_eq(in_features));
-    TORCH_CHECK(
-        fits || input.size() < 2 || !TORCH_GUARD_OR_FALSE(input.back().sym_eq(in_block)),
+  check_fits_blas(op, "in_features (num_blocks * in_block)", in_features);
+  check_fits_blas(op, "out_features (num_blocks * out_block)", out_features);
+
+  const auto& last = input.back();
+  if (stacked) {
+    const auto& before_last = input[input.size() - 2];
+    TORCH_SYM_CHECK(
+        before_last.sym_eq(num_blocks),
         op,
         ": expected input's last two dimensions to be (num_blocks, in_block) = (",
         num_blocks,
         ", ",
         in_block,
         "), but got (",
-        input[std::max<size_t>(input.size(), 2) - 2],
+        before_last,
         ", ",
-        input.back(),
+        last,
         ")"
     );
+  } else {
     TORCH_SYM_CHECK(
-        input.back().sym_eq(in_features),
+        last.sym_eq(in_features),
         op,
         ": expected input's last dimension to be num_blocks * in_block = ",
         num_blocks,
@@ -112,12 +120,15 @@ LinearSizes check_sizes(const char* op, c10::SymIntArrayRef input, c10::SymIntAr
         " = ",
         in_features,
         ", but got ",
-        input.back()
+        last
     );
   }
 
+  const char* const batch_name = "the batch size (the product of input's leading dimensions)";
   for (const auto& size : input.slice(0, input.size() - (stacked ? 2 : 1))) {
+    check_fits_blas(op, batch_name, size);
     sizes.batch *= size;
+    check_fits_blas(op, batch_name, batch);
     sizes.output.push_back(size);
   }
   if (stacked) {
@@ -126,9 +137,6 @@ LinearSizes check_sizes(const char* op, c10::SymIntArrayRef input, c10::SymIntAr
   } else {
     sizes.output.push_back(out_features);
   }
-  check_fits_blas(op, "the batch size (the product of input's leading dimensions)", batch);
-  check_fits_blas(op, "in_features (num_blocks * in_block)", in_features);
-  check_fits_blas(op, "out_features (num_blocks * out_block)", out_features);
   return sizes;
 }
 
@@ -165,11 +173,9 @@ void check_grad_output(const char* op, c10::SymIntArrayRef grad_output, const Li
 bool is_stacked(c10::SymIntArrayRef input_sizes, c10::SymIntArrayRef weight_sizes) {
   const auto& num_blocks = weight_sizes[0];
   const auto& in_block = weight_sizes[2];
-  if (input_sizes.size() < 2 || TORCH_GUARD_OR_FALSE(input_sizes.back().sym_eq(num_blocks * in_block))) {
-    return false;
-  }
-  return TORCH_GUARD_OR_FALSE(input_sizes.back().sym_eq(in_block)) &&
-         TORCH_GUARD_OR_FALSE(input_sizes[input_sizes.size() - 2].sym_eq(num_blocks));
+  const auto& last = input_sizes.back();
+  return input_sizes.size() >= 2 && !TORCH_GUARD_OR_FALSE(last.sym_eq(num_blocks * in_block)) &&
+         TORCH_GUARD_OR_FALSE(last.sym_eq(in_block));
 }
 
 LinearSizes check_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {

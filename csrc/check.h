@@ -20,7 +20,8 @@ struct LinearSizes {
   SymSizes output; // the shape of the output
 };
 
-/// True if an input of these sizes is stacked, (*, G, K); concatenated, (*, G * K), wins where both fit.
+/// True if an input of these sizes is to be read as stacked, (*, G, K): its last dimension is K, and not G * K as that of a
+/// concatenated input.
 bool is_stacked(c10::SymIntArrayRef input_sizes, c10::SymIntArrayRef weight_sizes);
 
 /// Checks the arguments of blockdiag::linear.

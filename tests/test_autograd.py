@@ -120,6 +120,19 @@ def test_forward_mode_is_refused_rather_than_dropped(device):
             blockdiag.linear(dual, weight, bias)
 
 
+@pytest.mark.parametrize("bias", ["flat", "stacked"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
+def test_gradients_share_no_memory_with_the_incoming_gradient(stacked, bias, device):
+    """Without leading dimensions there is nothing to sum for the bias, and its gradient is a copy."""
+    arguments = make(Problem((), 2, 3, 4), torch.float32, device, stacked=stacked, bias=bias)
+    output = blockdiag.linear(*arguments)
+    grad_output = torch.randn_like(output)
+    output.backward(grad_output)
+    assert torch.equal(arguments[2].grad.flatten(), grad_output.flatten())
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (grad_output, *(t.grad for t in arguments))}
+    assert len(storages) == 4
+
+
 def test_accumulation_retained_graphs_and_hooks(device):
     input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float64, device)
     seen = []

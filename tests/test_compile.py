@@ -123,6 +123,26 @@ def test_symbolic_sizes_keep_the_graph_general():
     torch.testing.assert_close(graph(larger, weight, bias), blockdiag.linear(larger, weight, bias))
 
 
+def test_data_dependent_sizes(device):
+    """Batch and number of blocks that are known only when the program runs: checked then, not refused while tracing."""
+    torch._dynamo.reset()
+
+    def select(x, weight, rows, count):
+        blocks = count.item()
+        torch._check(blocks >= 1)
+        torch._check(blocks <= weight.shape[0])
+        x = x[rows.nonzero().squeeze(1)]
+        return OPS.linear(x[:, :blocks], weight[:blocks]), OPS.linear(x[:, :3], weight)
+
+    x, weight = torch.randn(5, 4, 2, device=device), torch.randn(3, 6, 2, device=device)
+    rows = torch.tensor([True, False, True, True, False], device=device)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(select, backend="aot_eager", fullgraph=True)
+        for count in (2, 3):
+            arguments = (x, weight, rows, torch.tensor(count))
+            torch.testing.assert_close(compiled(*arguments), select(*arguments))
+
+
 def test_export():
     net = Net("cpu").eval()
     batch = torch.export.Dim("batch", min=2)

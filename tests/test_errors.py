@@ -70,6 +70,15 @@ class TestShapes:
         input = torch.empty(8, 256, device=device)
         rejects(f"blockdiag::linear_weight_grad: {message}", grad_output, input, [4, 32, 64], op=ops.linear_weight_grad)
 
+    def test_sizes_whose_products_overflow(self, device):
+        """No elements, but sizes whose product wraps around 64 bits."""
+        weight = torch.empty(2**62, 0, 4, device=device)
+        rejects(
+            "expected num_blocks to fit BLAS's 32-bit integers (2147483647), but got 4611686018427387904",
+            torch.empty(2, 0, device=device),
+            weight,
+        )
+
     def test_sizes_beyond_blas(self, device):
         too_many = 2**31
         rows = torch.empty(1, 2, device=device).expand(too_many, 2)
@@ -77,7 +86,7 @@ class TestShapes:
         limit = "to fit BLAS's 32-bit integers (2147483647), but got 2147483648"
         rejects(f"expected the batch size (the product of input's leading dimensions) {limit}", rows, weight)
         rejects(
-            f"expected in_features (num_blocks * in_block) {limit}",
+            f"expected in_block {limit}",
             torch.empty(1, device=device).expand(too_many),
             torch.empty(1, 1, 1, device=device).expand(1, 1, too_many),
         )

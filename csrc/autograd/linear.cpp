@@ -27,7 +27,8 @@ at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stac
   for (const auto dim : c10::irange(grad_output.dim() - (stacked ? 2 : 1))) {
     leading.push_back(dim);
   }
-  const auto sum = leading.empty() ? grad_output : grad_output.sum(leading);
+  // A copy where there is nothing to sum: a parameter's gradient must not share memory with the gradient that arrived.
+  const auto sum = leading.empty() ? grad_output.clone() : grad_output.sum(leading);
   if (stacked == bias_stacked) {
     return sum;
   }
