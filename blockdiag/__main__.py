@@ -4,10 +4,20 @@ import os
 import platform
 import re
 import sys
+from pathlib import Path
 
 import torch
 
 import blockdiag
+
+
+def _cpu_name() -> str:
+    """The processor as Linux names it, or as Python does elsewhere."""
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
 
 
 def report() -> dict[str, str]:
@@ -20,8 +30,8 @@ def report() -> dict[str, str]:
         "built with": f"torch {built['torch']}, CUDA {built['cuda']}, compiler {built['compiler']}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         "python": sys.version.replace("\n", " "),
-        "platform": platform.platform(),
-        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
+        "CPU": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "BLAS of torch": ", ".join(re.findall(r"BLAS_INFO=\w+|Math Kernel Library Version [\d.]+", config)),
         "CPU GEMM": built["cpu_gemm"],
         "GPUs": ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in gpus) or "none",
