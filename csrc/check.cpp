@@ -82,12 +82,13 @@ LinearSizes check_sizes(const char* op, c10::SymIntArrayRef input, c10::SymIntAr
       weight
   );
   TORCH_CHECK(!input.empty(), op, ": expected input to have at least 1 dimension, but got a scalar");
-  LinearSizes sizes{1, weight[0], weight[2], weight[1], is_stacked(input, weight), {}};
+  LinearSizes sizes{1, weight[0], weight[2], weight[1], false, {}};
   const auto& [batch, num_blocks, in_block, out_block, stacked, output] = sizes;
   // Each by itself first, so that their products do not overflow.
   check_fits_blas(op, "num_blocks", num_blocks);
   check_fits_blas(op, "in_block", in_block);
   check_fits_blas(op, "out_block", out_block);
+  sizes.stacked = is_stacked(input, weight);
   const auto in_features = num_blocks * in_block;
   const auto out_features = num_blocks * out_block;
   check_fits_blas(op, "in_features (num_blocks * in_block)", in_features);
