@@ -139,27 +139,17 @@ Pass linear_weight_grad_pass(const at::Tensor& grad_output, const at::Tensor& in
   };
 }
 
-at::Tensor run(const Pass& pass, const Backend& backend) {
+at::Tensor run(const Pass& pass, RunGemm run_gemm) {
   auto result = at::empty(pass.result_sizes, pass.a.options());
   if (result.numel() == 0) {
     return result;
   }
-  const bool has_bias = pass.bias.defined();
-  if (has_bias) {
-    // The GEMM adds to it: no second pass over the result, and no rounding between product and bias.
-    backend.fill_rows(result, pass.bias);
-  } else if (pass.gemm.k == 0) {
-    result.zero_();
-  }
   if (pass.gemm.k != 0) {
-    backend.run_gemm(
-        pass.gemm,
-        result.scalar_type(),
-        pass.a.const_data_ptr(),
-        pass.b.const_data_ptr(),
-        result.mutable_data_ptr(),
-        /*accumulate=*/has_bias
-    );
+    run_gemm(pass, result);
+  } else if (pass.bias.defined()) {
+    result.view({-1, pass.bias.numel()}).copy_(pass.bias.view(-1));
+  } else {
+    result.zero_();
   }
   return result;
 }

@@ -27,15 +27,10 @@ Pass linear_input_grad_pass(const at::Tensor& grad_output, const at::Tensor& wei
 
 Pass linear_weight_grad_pass(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes);
 
-/// How a backend computes a pass. Neither is called with a size of 0.
-struct Backend {
-  /// Writes the bias into every row of the result.
-  void (*fill_rows)(const at::Tensor& result, const at::Tensor& bias);
-  /// Runs the GEMM on data of `dtype`; adds to what C holds if `accumulate`, and overwrites it if not.
-  void (*run_gemm)(const Gemm& gemm, at::ScalarType dtype, const void* a, const void* b, void* c, bool accumulate);
-};
+/// Computes a pass into its result, bias included. Not called with a size of 0.
+using RunGemm = void (*)(const Pass& pass, const at::Tensor& result);
 
 /// Allocates the result of a pass, and computes it.
-at::Tensor run(const Pass& pass, const Backend& backend);
+at::Tensor run(const Pass& pass, RunGemm run_gemm);
 
 } // namespace blockdiag

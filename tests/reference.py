@@ -69,6 +69,9 @@ PROBLEMS = [
     Problem((4,), 97, 2, 3),  # many tiny blocks
     Problem((2,), 70000, 1, 2),  # more blocks than a CUDA grid's last dimension
     Problem((9,), 2, 300, 270),  # larger than a tile
+    Problem((300,), 1, 70, 41),  # more rows than a tile
+    Problem((2,), 2, 520, 530),  # few rows of long blocks
+    Problem((3,), 1, 600, 13),  # a long sum for each half type
     Problem((0,), 3, 4, 5),
     Problem((2, 0, 3), 3, 4, 5),
     Problem((6,), 0, 4, 5),

@@ -120,13 +120,25 @@ def test_force_cuda_without_a_cuda_torch():
     assert re.search(r"FORCE_CUDA=1, but torch .* was built without CUDA", result.stderr)
 
 
-def test_without_mkl():
-    """The portable path computes the same: the tests of values and layouts again, with MKL hidden."""
-    if blockdiag.build_info()["cpu_gemm"] == "aten":
-        pytest.skip("the portable path is the one that all tests run on")
+@pytest.mark.parametrize("gemm", ["aten", "mkl", "avx2", "avx512", "avx512_bf16"])
+def test_every_cpu_gemm(gemm):
+    """What computes on another CPU computes the same: the tests of values and layouts again."""
+    chosen = run(
+        sys.executable, "-c", "import blockdiag; print(blockdiag.build_info()['cpu_gemm'])", BLOCKDIAG_CPU_GEMM=gemm
+    )
+    if chosen.returncode != 0:
+        assert "expected BLOCKDIAG_CPU_GEMM to be one of [aten" in chosen.stderr
+        pytest.skip(f"{gemm} is not for this CPU or this torch")
+    assert chosen.stdout.split()[0] == gemm
+    if chosen.stdout.strip() == blockdiag.build_info()["cpu_gemm"]:
+        pytest.skip(f"{gemm} is what all tests run on")
     tests = [str(ROOT / "tests" / name) for name in ("test_linear.py", "test_random.py", "test_memory.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not cuda", *tests]
-    result = run(*command, cwd=ROOT, BLOCKDIAG_CPU_GEMM="aten")
+    result = run(*command, cwd=ROOT, BLOCKDIAG_CPU_GEMM=gemm)
     assert result.returncode == 0, result.stdout[-3000:]
-    info = run(sys.executable, "-c", "import blockdiag; print(blockdiag.build_info())", BLOCKDIAG_CPU_GEMM="aten")
-    assert "'cpu_gemm': 'aten'" in info.stdout
+
+
+def test_unknown_cpu_gemm():
+    result = run(sys.executable, "-c", "import blockdiag; blockdiag.build_info()", BLOCKDIAG_CPU_GEMM="fast")
+    assert result.returncode != 0
+    assert re.search(r'BLOCKDIAG_CPU_GEMM to be one of \[aten.*\] on this CPU, but got "fast"', result.stderr)

@@ -1,18 +1,24 @@
 #include "gemm.h"
 
+#include "kernel/kernels.h"
+
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/Utils.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
+#include <c10/util/StringUtil.h>
 #include <c10/util/complex.h>
 #include <c10/util/env.h>
 
 #include <algorithm>
+#include <string>
+#include <vector>
 
 #ifndef _WIN32
 #include <dlfcn.h>
@@ -20,6 +26,67 @@
 
 namespace blockdiag::cpu {
 namespace {
+
+// ---- The choice --------------------------------------------------------------------------------------------------------
+
+/// The kernels that this CPU runs; null where there are none.
+struct Choice {
+  Kernel<float> float32 = nullptr;
+  Kernel<c10::BFloat16> bfloat16 = nullptr;
+  Kernel<c10::Half> float16 = nullptr;
+  // Whether torch multiplies the type with instructions that our kernel does not use.
+  bool native_bfloat16 = false, native_float16 = false;
+  std::string name; // of the instruction set
+
+  Choice() {
+    std::vector<std::string> supported = {"aten"};
+    if (at::globalContext().hasMKL()) {
+      supported.emplace_back("mkl");
+    }
+    const auto features = at::cpu::get_cpu_capabilities();
+    const auto has = [&](const char* feature) {
+      const auto found = features.find(feature);
+      return found != features.end() && found->second.isBool() && found->second.toBool();
+    };
+#ifdef BLOCKDIAG_CPU_KERNELS
+    // ATEN_CPU_CAPABILITY limits it, as it limits torch's own kernels.
+    const auto capability = at::get_cpu_capability();
+    if (has("f16c") && (capability == "AVX2" || capability == "AVX512")) {
+      supported.emplace_back("avx2");
+      if (capability == "AVX512") {
+        supported.emplace_back("avx512");
+        if (has("avx512_bf16")) {
+          supported.emplace_back("avx512_bf16");
+        }
+      }
+    }
+#endif
+    name = c10::utils::get_env("BLOCKDIAG_CPU_GEMM").value_or(supported.back());
+    TORCH_CHECK(
+        std::find(supported.begin(), supported.end(), name) != supported.end(),
+        "blockdiag: expected BLOCKDIAG_CPU_GEMM to be one of [",
+        c10::Join(", ", supported),
+        "] on this CPU, but got \"",
+        name,
+        "\""
+    );
+#ifdef BLOCKDIAG_CPU_KERNELS
+    if (name.starts_with("avx")) {
+      const auto& kernels = name == "avx2" ? avx2_kernels : avx512_kernels;
+      float32 = kernels.float32;
+      bfloat16 = name == "avx512_bf16" ? avx512_bf16_kernel : kernels.bfloat16;
+      float16 = kernels.float16;
+      native_bfloat16 = has("amx_bf16");
+      native_float16 = has("avx512_fp16") || has("amx_fp16");
+    }
+#endif
+  }
+};
+
+const Choice& choice() {
+  static const Choice chosen;
+  return chosen;
+}
 
 // ---- MKL's batched GEMM ------------------------------------------------------------------------------------------------
 //
@@ -52,7 +119,7 @@ struct Mkl {
 
   Mkl() {
 #ifndef _WIN32
-    if (!at::globalContext().hasMKL() || c10::utils::get_env("BLOCKDIAG_CPU_GEMM") == "aten") {
+    if (!at::globalContext().hasMKL() || choice().name == "aten") {
       return;
     }
     // Searched in torch's own library and what it links, not in all that the process has loaded: another BLAS there may
@@ -163,71 +230,41 @@ void aten_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const voi
   }
 }
 
-// ---- float16 and bfloat16 ----------------------------------------------------------------------------------------------
-
-/// Whether this CPU multiplies matrices of a half type, and torch's GEMM of them is worth calling.
-bool has_native_gemm(c10::ScalarType dtype) {
-  static const auto capabilities = at::cpu::get_cpu_capabilities();
-  const auto has = [](const char* name) {
-    const auto found = capabilities.find(name);
-    return found != capabilities.end() && found->second.isBool() && found->second.toBool();
-  };
-  static const bool bfloat16 = has("avx512_bf16") || has("amx_bf16");
-  static const bool float16 = has("avx512_fp16") || has("amx_fp16");
-  return at::globalContext().hasMKLDNN() && (dtype == at::kBFloat16 ? bfloat16 : float16);
+/// Writes `bias` into the columns of C, for libraries that then add to it.
+void fill_columns(const Gemm& gemm, c10::ScalarType dtype, const void* bias, void* c) {
+  const auto row = at::from_blob(const_cast<void*>(bias), {gemm.batch, 1, gemm.m}, at::TensorOptions().dtype(dtype));
+  row_major(c, gemm, gemm.c, gemm.n, gemm.m, dtype).copy_(row);
 }
 
-constexpr int64_t kTile = 256; // rows and columns
-
-/// Computes half types through float32, tile by tile, so that the float32 copies stay in the cache: where the CPU does not
-/// multiply them itself, torch's GEMM of them is an order of magnitude slower.
-void gemm_through_float(
-    const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, bool accumulate
-) {
-  const auto left = row_major(b, gemm, gemm.b, gemm.n, gemm.k, dtype);
-  const auto right = row_major(a, gemm, gemm.a, gemm.k, gemm.m, dtype);
-  const auto out = row_major(c, gemm, gemm.c, gemm.n, gemm.m, dtype);
-  const int64_t m_tiles = (gemm.m + kTile - 1) / kTile;
-  const int64_t n_tiles = (gemm.n + kTile - 1) / kTile;
-  const auto tile_size = [](int64_t start, int64_t end) { return std::min(kTile, end - start); };
-
-  at::parallel_for(0, gemm.batch * n_tiles * m_tiles, 1, [&](int64_t begin, int64_t end) {
-    const int64_t m_max = tile_size(0, gemm.m), n_max = tile_size(0, gemm.n), k_max = tile_size(0, gemm.k);
-    const auto scratch = at::empty({m_max * k_max + n_max * k_max + m_max * n_max}, at::kFloat);
-    float* const a_tile = scratch.mutable_data_ptr<float>();
-    float* const b_tile = a_tile + m_max * k_max;
-    float* const c_tile = b_tile + n_max * k_max;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task / (n_tiles * m_tiles);
-      const int64_t n0 = task / m_tiles % n_tiles * kTile, n = tile_size(n0, gemm.n);
-      const int64_t m0 = task % m_tiles * kTile, m = tile_size(m0, gemm.m);
-      const auto out_tile = out[block].narrow(0, n0, n).narrow(1, m0, m);
-      auto c_float = at::from_blob(c_tile, {n, m}, at::kFloat);
-      if (accumulate) {
-        c_float.copy_(out_tile);
-      }
-      for (int64_t k0 = 0; k0 < gemm.k; k0 += kTile) {
-        const int64_t k = tile_size(k0, gemm.k);
-        at::from_blob(b_tile, {n, k}, at::kFloat).copy_(left[block].narrow(0, n0, n).narrow(1, k0, k));
-        at::from_blob(a_tile, {k, m}, at::kFloat).copy_(right[block].narrow(0, k0, k).narrow(1, m0, m));
-        const Gemm tile{.m = m, .n = n, .k = k, .batch = 1, .a = {false, m, 0}, .b = {false, k, 0}, .c = {false, m, 0}};
-        run_gemm(tile, at::kFloat, a_tile, b_tile, c_tile, accumulate || k0 > 0);
-      }
-      out_tile.copy_(c_float);
-    }
-  });
+/// Whether the products of a block are so many that torch's GEMM earns the calls and copies that it costs.
+bool is_large(const Gemm& gemm) {
+  return gemm.m * gemm.n * gemm.k >= int64_t{1} << 21;
 }
 
 } // namespace
 
-void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, bool accumulate) {
+void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, const void* bias) {
+  const auto run_kernel = [&]<typename T>(Kernel<T> kernel) {
+    kernel(gemm, static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c), static_cast<const T*>(bias));
+  };
+  if (dtype == at::kFloat && choice().float32 != nullptr) {
+    return run_kernel(choice().float32);
+  }
+  if (dtype == at::kBFloat16 && choice().bfloat16 != nullptr && !(choice().native_bfloat16 && is_large(gemm))) {
+    return run_kernel(choice().bfloat16);
+  }
+  if (dtype == at::kHalf && choice().float16 != nullptr && !(choice().native_float16 && is_large(gemm))) {
+    return run_kernel(choice().float16);
+  }
+
+  const bool accumulate = bias != nullptr;
+  if (accumulate) {
+    fill_columns(gemm, dtype, bias, c);
+  }
   const auto run_mkl = [&]<typename T>(MklGemmBatch gemm_batch, T /*zero*/) {
     mkl_gemm(gemm_batch, gemm, static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c), accumulate);
   };
-  const bool half = dtype == at::kHalf || dtype == at::kBFloat16;
-  if (half && !has_native_gemm(dtype)) {
-    gemm_through_float(gemm, dtype, a, b, c, accumulate);
-  } else if (half || !mkl().available()) {
+  if (!mkl().available() || dtype == at::kHalf || dtype == at::kBFloat16) {
     aten_gemm(gemm, dtype, a, b, c, accumulate);
   } else if (dtype == at::kFloat) {
     run_mkl(mkl().s, 0.F);
@@ -240,8 +277,9 @@ void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void
   }
 }
 
-const char* gemm_library() {
-  return mkl().available() ? "mkl" : "aten";
+std::string gemm_library() {
+  const std::string library = mkl().available() ? "mkl" : "aten";
+  return choice().float32 != nullptr ? choice().name + " and " + library : library;
 }
 
 } // namespace blockdiag::cpu

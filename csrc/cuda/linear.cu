@@ -7,13 +7,25 @@
 namespace blockdiag {
 namespace {
 
-void fill_rows(const at::Tensor& result, const at::Tensor& bias) {
-  result.view({-1, bias.numel()}).copy_(bias.view(-1));
+void run_gemm(const Pass& pass, const at::Tensor& result) {
+  const bool has_bias = pass.bias.defined();
+  if (has_bias) {
+    // The GEMM adds to it: no second pass over the result, and no rounding between product and bias.
+    result.view({-1, pass.bias.numel()}).copy_(pass.bias.view(-1));
+  }
+  cuda::run_gemm(
+      pass.gemm,
+      result.scalar_type(),
+      pass.a.const_data_ptr(),
+      pass.b.const_data_ptr(),
+      result.mutable_data_ptr(),
+      /*accumulate=*/has_bias
+  );
 }
 
 at::Tensor run(const Pass& pass) {
   const c10::cuda::CUDAGuard guard(pass.a.device());
-  return blockdiag::run(pass, {fill_rows, cuda::run_gemm});
+  return blockdiag::run(pass, run_gemm);
 }
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {

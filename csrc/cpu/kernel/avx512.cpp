@@ -1,0 +1,13 @@
+#include "headers.h"
+
+#ifdef BLOCKDIAG_CPU_KERNELS
+#define BLOCKDIAG_AVX512
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#include "kernel.h"
+
+namespace blockdiag::cpu {
+
+constinit const Kernels avx512_kernels = {run<float>, run<c10::BFloat16>, run<c10::Half>};
+
+} // namespace blockdiag::cpu
+#endif
