@@ -112,14 +112,6 @@ def test_no_grad_and_inference_mode(device):
         assert torch.equal(actual, expected)
 
 
-def test_forward_mode_is_refused_rather_than_dropped(device):
-    input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float64, device)
-    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
-        dual = torch.autograd.forward_ad.make_dual(input.detach(), torch.ones_like(input))
-        with pytest.raises(RuntimeError, match="jvp is not implemented"):
-            blockdiag.linear(dual, weight, bias)
-
-
 @pytest.mark.parametrize("bias", ["flat", "stacked"])
 @pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
 def test_gradients_share_no_memory_with_the_incoming_gradient(stacked, bias, device):

@@ -1,0 +1,87 @@
+"""Batching rules: what :func:`torch.vmap` calls instead of the ops, once for the whole batch.
+
+A batched activation alone is one more leading dimension. Where the weight, or its gradient, is batched too, V layers of
+G blocks become one layer of V * G blocks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ops = torch.ops.blockdiag
+
+
+def _side_by_side(tensor: Tensor, batch_dim: int | None, batch_size: int, feature_dims: int) -> Tensor:
+    """The batched features as one row: (*, V * features), from (*, features) with the batch dimension somewhere."""
+    if batch_dim is None:
+        tensor, batch_dim = tensor.expand(batch_size, *tensor.shape), 0
+    return tensor.movedim(batch_dim, -1 - feature_dims).flatten(-1 - feature_dims)
+
+
+def _blocks(weight: Tensor, batch_dim: int) -> Tensor:
+    """The weights of V layers as one of V * G blocks."""
+    return weight.movedim(batch_dim, 0).flatten(0, 1)
+
+
+def _feature_dims(shape: Sequence[int], features: int) -> int:
+    """1 of concatenated activations, 2 of stacked ones; `features` of all blocks together."""
+    return 1 if shape[-1] == features else 2
+
+
+def linear(info: Any, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int]:
+    input_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
+    num_blocks, out_block, in_block = (size for dim, size in enumerate(weight.shape) if dim != weight_dim)
+    shape = [size for dim, size in enumerate(input.shape) if dim != input_dim]
+    feature_dims = _feature_dims(shape, num_blocks * in_block)
+    features = (num_blocks * out_block,) if feature_dims == 1 else (num_blocks, out_block)
+    if weight_dim is None:
+        shared = bias if bias_dim is None else None
+        if input_dim is None:
+            output = ops.linear(input, weight, shared).expand(info.batch_size, *shape[:-feature_dims], *features)
+        else:
+            output = ops.linear(input.movedim(input_dim, 0), weight, shared)
+        if bias is not None and bias_dim is not None:
+            ones = [1] * (len(shape) - feature_dims)
+            output = output + bias.movedim(bias_dim, 0).reshape(info.batch_size, *ones, *features)
+        return output, 0
+    if bias is not None:
+        bias = _side_by_side(bias, bias_dim, info.batch_size, bias.dim() - (bias_dim is not None))
+    rows = _side_by_side(input, input_dim, info.batch_size, feature_dims)
+    output = ops.linear(rows, _blocks(weight, weight_dim), bias)
+    return output.unflatten(-1, (info.batch_size, *features)), output.dim() - 1
+
+
+def linear_input_grad(
+    info: Any, in_dims: Any, grad_output: Tensor, weight: Tensor, input_sizes: Sequence[int]
+) -> tuple[Tensor, int]:
+    grad_dim, weight_dim, _ = in_dims
+    if weight_dim is None:
+        return ops.linear_input_grad(grad_output.movedim(grad_dim, 0), weight, [info.batch_size, *input_sizes]), 0
+    num_blocks, _, in_block = (size for dim, size in enumerate(weight.shape) if dim != weight_dim)
+    feature_dims = _feature_dims(input_sizes, num_blocks * in_block)
+    rows = _side_by_side(grad_output, grad_dim, info.batch_size, feature_dims)
+    sizes = [*rows.shape[:-1], info.batch_size * num_blocks * in_block]
+    grad = ops.linear_input_grad(rows, _blocks(weight, weight_dim), sizes)
+    return grad.unflatten(-1, (info.batch_size, *input_sizes[-feature_dims:])), grad.dim() - 1
+
+
+def linear_weight_grad(
+    info: Any, in_dims: Any, grad_output: Tensor, input: Tensor, weight_sizes: Sequence[int]
+) -> tuple[Tensor, int]:
+    grad_dim, input_dim, _ = in_dims
+    num_blocks, out_block, in_block = weight_sizes
+    shape = [size for dim, size in enumerate(input.shape) if dim != input_dim]
+    feature_dims = _feature_dims(shape, num_blocks * in_block)
+    rows = [
+        _side_by_side(tensor, dim, info.batch_size, feature_dims)
+        for tensor, dim in ((grad_output, grad_dim), (input, input_dim))
+    ]
+    grad = ops.linear_weight_grad(*rows, [info.batch_size * num_blocks, out_block, in_block])
+    return grad.unflatten(0, (info.batch_size, num_blocks)), 0
+
+
+def register_batching_rules() -> None:
+    for rule in (linear, linear_input_grad, linear_weight_grad):
+        torch.library.register_vmap(f"blockdiag::{rule.__name__}", rule)

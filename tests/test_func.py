@@ -1,0 +1,146 @@
+"""torch.func and forward-mode AD: the transforms of the layer equal those of a dense layer with the zeros in place."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+
+import blockdiag
+from blockdiag import BlockDiagLinear
+
+NUM_BLOCKS, OUT_BLOCK, IN_BLOCK, BATCH = 2, 5, 3, 4
+
+
+def dense(x, weight, bias=None):
+    stacked = x.shape[-1] != weight.shape[0] * weight.shape[2]
+    flat = x.flatten(-2) if stacked else x
+    output = torch.nn.functional.linear(flat, torch.block_diag(*weight), None if bias is None else bias.flatten())
+    return output.unflatten(-1, weight.shape[:2]) if stacked else output
+
+
+@pytest.fixture(params=[False, True], ids=["concatenated", "stacked"])
+def arguments(request, device):
+    features, outputs = (NUM_BLOCKS * IN_BLOCK,), (NUM_BLOCKS * OUT_BLOCK,)
+    if request.param:
+        features, outputs = (NUM_BLOCKS, IN_BLOCK), (NUM_BLOCKS, OUT_BLOCK)
+    shapes = ((BATCH, *features), (NUM_BLOCKS, OUT_BLOCK, IN_BLOCK), outputs)
+    return tuple(torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes)
+
+
+def loss(layer):
+    return lambda *arguments: layer(*arguments).sin().sum()
+
+
+def directions(arguments):
+    return tuple(argument.cos() for argument in arguments)
+
+
+TRANSFORMS = {
+    "grad": lambda layer, arguments: grad(loss(layer), (0, 1, 2))(*arguments),
+    "vjp": lambda layer, arguments: vjp(layer, *arguments)[1](layer(*arguments)),
+    "jvp": lambda layer, arguments: jvp(layer, arguments, directions(arguments)),
+    "jvp of the input": lambda layer, arguments: jvp(lambda x: layer(x, *arguments[1:]), arguments[:1], arguments[:1]),
+    "jvp of the bias": lambda layer, arguments: jvp(lambda b: layer(*arguments[:2], b), arguments[2:], arguments[2:]),
+    "jacrev": lambda layer, arguments: jacrev(layer, (0, 1, 2))(*arguments),
+    "jacfwd": lambda layer, arguments: jacfwd(layer, (0, 1, 2))(*arguments),
+    "hessian": lambda layer, arguments: hessian(loss(layer), (0, 1, 2))(*arguments),
+    "grad of grad": lambda layer, arguments: grad(lambda w: loss(grad(loss(layer)))(arguments[0], w, arguments[2]))(
+        arguments[1]
+    ),
+    "jvp of grad": lambda layer, arguments: jvp(grad(loss(layer), (0, 1, 2)), arguments, directions(arguments)),
+    "grad of jvp": lambda layer, arguments: grad(
+        lambda *primals: jvp(loss(layer), primals, directions(arguments))[1], (0, 1)
+    )(*arguments),
+    "jacfwd of jacrev": lambda layer, arguments: jacfwd(jacrev(layer, 1), 1)(*arguments),
+    "jacrev of jacfwd": lambda layer, arguments: jacrev(jacfwd(layer, 0), 1)(*arguments),
+    "vmap of grad": lambda layer, arguments: vmap(grad(loss(layer), (1, 2)), (0, None, None))(*arguments),
+    "grad of vmap": lambda layer, arguments: grad(loss(vmap(layer, (0, None, None))), (0, 1, 2))(*arguments),
+}
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")  # vmap's fallback, a loop
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform, arguments):
+    function = TRANSFORMS[transform]
+    torch.testing.assert_close(function(blockdiag.linear, arguments), function(dense, arguments))
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize("bias_dim", [None, 0, "none"])
+@pytest.mark.parametrize("weight_dim", [None, 0, 2])
+@pytest.mark.parametrize("input_dim", [None, 0, 1])
+def test_vmap(input_dim, weight_dim, bias_dim, arguments):
+    """Over any of the arguments, at any of their dimensions, and the gradients through it."""
+    in_dims = [input_dim, weight_dim, bias_dim]
+    if bias_dim == "none":
+        arguments, in_dims = arguments[:2], in_dims[:2]
+    if all(dim is None for dim in in_dims):
+        pytest.skip("vmap refuses to map over nothing")
+    batched = [
+        argument if dim is None else torch.stack([argument, -argument, argument + 1], dim)
+        for argument, dim in zip(arguments, in_dims, strict=True)
+    ]
+    wanted = tuple(range(len(batched)))
+
+    def results(layer):
+        mapped = vmap(layer, tuple(in_dims))
+        sample_grads = vmap(grad(loss(layer), wanted), tuple(in_dims))(*batched)
+        return mapped(*batched), grad(loss(mapped), wanted)(*batched), sample_grads
+
+    torch.testing.assert_close(results(blockdiag.linear), results(dense))
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_nested_vmap(arguments):
+    x, weight, bias = (torch.stack([argument, -argument]) for argument in arguments)
+
+    def results(layer):
+        return vmap(vmap(layer, (0, None, 0)), (None, 0, None))(x, weight, bias)
+
+    torch.testing.assert_close(results(blockdiag.linear), results(dense))
+
+
+def test_per_sample_gradients_equal_a_loop(device):
+    layer = BlockDiagLinear(6, 10, 2, device=device)
+    parameters = dict(layer.named_parameters())
+    x, target = torch.randn(16, 6, device=device), torch.randn(16, 10, device=device)
+
+    def sample_loss(parameters, x, target):
+        return torch.nn.functional.mse_loss(functional_call(layer, parameters, (x,)), target)
+
+    per_sample = vmap(grad(sample_loss), (None, 0, 0))(parameters, x, target)
+    for i in range(len(x)):
+        expected = grad(sample_loss)(parameters, x[i], target[i])
+        torch.testing.assert_close({name: value[i] for name, value in per_sample.items()}, expected)
+
+
+def test_an_ensemble_of_layers(device):
+    layers = [BlockDiagLinear(6, 10, 2, device=device) for _ in range(3)]
+    parameters, buffers = stack_module_state(layers)
+    x = torch.randn(4, 6, device=device)
+    outputs = vmap(lambda p, b: functional_call(layers[0], (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(outputs, torch.stack([layer(x) for layer in layers]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_forward_mode(dtype, device):
+    arguments = [
+        torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in ((4, 6), (2, 5, 3), (2, 5))
+    ]
+    checks = {"check_batched_grad": True, "check_forward_ad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(blockdiag.linear, arguments, **checks)
+    assert torch.autograd.gradgradcheck(blockdiag.linear, arguments, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_a_dual_input_that_requires_grad(device):
+    x = torch.randn(4, 6, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.randn(2, 5, 3, dtype=torch.float64, device=device)
+
+    def results(layer):
+        with forward_ad.dual_level():
+            output = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.detach().cos()), weight))
+            return output.tangent, torch.autograd.grad(
+                loss(lambda: output.primal)() + loss(lambda: output.tangent)(), x
+            )
+
+    torch.testing.assert_close(results(blockdiag.linear), results(dense))
