@@ -38,7 +38,14 @@ def report() -> dict[str, str]:
     }
     if "cublas" in built:
         lines["cuBLAS"] = built["cublas"]
-    for name in ("BLOCKDIAG_CPU_GEMM", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE"):
+    variables = (
+        "ATEN_CPU_CAPABILITY",
+        "BLOCKDIAG_CPU_GEMM",
+        "CUBLAS_WORKSPACE_CONFIG",
+        "CUDA_VISIBLE_DEVICES",
+        "NVIDIA_TF32_OVERRIDE",
+    )
+    for name in variables:
         if name in os.environ:
             lines[name] = os.environ[name]
     return lines

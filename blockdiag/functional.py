@@ -21,8 +21,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     All tensors share one device and one dtype: float16, bfloat16 (both accumulated in float32), float32, float64,
     complex64 or complex128. Under :class:`torch.autocast` they are cast as those of :func:`torch.nn.functional.linear`
-    are. Any strides are accepted; what BLAS can address is read where it lies. Differentiable to any order, in reverse and
-    forward mode, and under :mod:`torch.func`.
+    are. Any strides are accepted; what BLAS can address is read where it lies. Differentiable to any order, in reverse
+    and forward mode, and under :mod:`torch.func`.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together, or a size exceeds BLAS's 32-bit integers. Raised
