@@ -1,5 +1,7 @@
 """The functional form of the block-diagonal linear layer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         input: :math:`(*, G \cdot K)`, the slices side by side (concatenated), or :math:`(*, G, K)` (stacked), with any
-            number of leading dimensions, none included. Where the sizes fit both, it is taken as concatenated.
+            number of leading dimensions, none included. Where the sizes fit both, it is taken as concatenated. May be a
+            nested tensor of :obj:`torch.jagged` layout, ragged in a leading dimension.
         weight: :math:`(G, N, K)`; block ``g`` is laid out as the weight of ``nn.Linear(K, N)``.
         bias: :math:`(G \cdot N)` or :math:`(G, N)`, optional.
 
@@ -35,4 +38,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> blockdiag.linear(x, w, b).shape
         torch.Size([128, 128])
     """
+    if not torch.jit.is_scripting() and input.is_nested and input.layout == torch.jagged:
+        jagged: Any = input  # has methods that Tensor's type does not tell of
+        values = torch.ops.blockdiag.linear(jagged.values(), weight, bias)
+        return torch.nested.nested_tensor_from_jagged(values, jagged.offsets(), jagged.lengths())
     return torch.ops.blockdiag.linear(input, weight, bias)

@@ -1,0 +1,47 @@
+"""Export to ONNX, as plain operators that any runtime has: it needs no library of ours."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The translation of ``torch.ops.blockdiag.linear`` for :func:`torch.onnx.export`.
+
+    A layer becomes a ``MatMul`` of the blocks between two transpositions. The batch may be dynamic.
+
+    Raises:
+        ModuleNotFoundError: onnxscript, which :func:`torch.onnx.export` needs too, is not installed.
+
+    Example::
+
+        >>> torch.onnx.export(
+        ...     model,
+        ...     (x,),
+        ...     "model.onnx",
+        ...     dynamo=True,
+        ...     dynamic_shapes=({0: "batch"},),
+        ...     custom_translation_table=blockdiag.onnx.translation_table(),
+        ... )
+    """
+    try:
+        op: Any = importlib.import_module("onnxscript").opset18
+    except ModuleNotFoundError as error:
+        message = "export to ONNX needs onnxscript: pip install onnx onnxscript"
+        raise ModuleNotFoundError(message, name=error.name) from error
+
+    def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+        num_blocks, out_block, in_block = weight.shape
+        stacked = input.shape[-1] != num_blocks * in_block
+        features = [num_blocks, out_block] if stacked else [num_blocks * out_block]
+        rows = op.Reshape(input, op.Constant(value_ints=[-1, num_blocks, in_block]))
+        product = op.MatMul(op.Transpose(rows, perm=[1, 0, 2]), op.Transpose(weight, perm=[0, 2, 1]))
+        output = op.Transpose(product, perm=[1, 0, 2])
+        if bias is not None:
+            output = op.Add(output, op.Reshape(bias, op.Constant(value_ints=[num_blocks, out_block])))
+        leading = op.Shape(input, start=0, end=len(input.shape) - (2 if stacked else 1))
+        return op.Reshape(output, op.Concat(leading, op.Constant(value_ints=features), axis=0))
+
+    return {torch.ops.blockdiag.linear.default: linear}

@@ -1,0 +1,111 @@
+"""The layer in the parts of PyTorch that have no test file of their own."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from blockdiag import BlockDiagLinear
+
+
+@pytest.fixture
+def layer(device):
+    return BlockDiagLinear(12, 20, 4, device=device)
+
+
+@pytest.fixture
+def x(device):
+    return torch.randn(5, 12, device=device, requires_grad=True)
+
+
+def test_flops_are_counted(layer, x):
+    """As those of the blocks' own linear layers: 2 B G K N, forward, for the input's gradient and for the weight's."""
+    blocks = layer.to_linears()
+    with FlopCounterMode(display=False) as loop:
+        torch.cat([block(part) for block, part in zip(blocks, x.chunk(4, -1), strict=True)], -1).sum().backward()
+    with FlopCounterMode(display=False) as ours:
+        layer(x).sum().backward()
+    assert ours.get_total_flops() == loop.get_total_flops() == 3 * 2 * 5 * 4 * 3 * 5
+
+
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
+def test_selective_checkpointing(policy, layer, x):
+    """A policy sees the op, and what it saves is not computed again."""
+    seen = []
+
+    def choose(context, op, *args, **kwargs):
+        seen.append((op, context.is_recompute))
+        return policy if op == torch.ops.blockdiag.linear.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def context():
+        return create_selective_checkpoint_contexts(choose)
+
+    with FlopCounterMode(display=False) as counter:
+        checkpoint(lambda x: layer(x).relu(), x, use_reentrant=False, context_fn=context).sum().backward()
+    assert (torch.ops.blockdiag.linear.default, False) in seen
+    forwards = 1 if policy == CheckpointPolicy.MUST_SAVE else 2
+    assert counter.get_total_flops() == (2 + forwards) * 2 * 5 * 4 * 3 * 5
+
+
+def test_jagged_inputs(layer, device):
+    """The batch may be ragged: (B, *, in_features) with torch.jagged layout."""
+    parts = [torch.randn(length, 12, device=device) for length in (3, 0, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    output = layer(nested)
+    for actual, part in zip(output.unbind(), parts, strict=True):
+        torch.testing.assert_close(actual, layer(part))
+    output.values().sum().backward()
+    expected = layer.weight.sum(1).flatten().expand(8, 12)
+    torch.testing.assert_close(nested.grad.values(), expected)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn], ids=["sparse", "mkldnn"])
+def test_other_layouts_are_refused(convert, layer):
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="blockdiag::linear"):
+        layer.cpu()(convert(torch.randn(5, 12)))
+
+
+def test_torchscript(layer, x):
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x[:3]), layer(x[:3]))
+    frozen = torch.jit.freeze(traced.eval())
+    torch.testing.assert_close(frozen(x), layer(x))
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
+def test_offloaded_activations_and_anomaly_mode(layer, x):
+    expected = torch.autograd.grad(layer(x).sin().sum(), [x, layer.weight])
+    with torch.autograd.graph.save_on_cpu(), torch.autograd.detect_anomaly(check_nan=True):
+        actual = torch.autograd.grad(layer(x).sin().sum(), [x, layer.weight])
+    torch.testing.assert_close(actual, expected)
+
+
+def test_construction_elsewhere(device):
+    assert torch.nn.utils.skip_init(BlockDiagLinear, 12, 20, 4, device=device).weight.device.type == device
+    with torch.device("meta"):
+        assert BlockDiagLinear(12, 20, 4).weight.is_meta
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert BlockDiagLinear(12, 20, 4).weight.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_parametrizations(layer, x):
+    normalised = torch.nn.utils.parametrizations.weight_norm(layer, "weight", dim=0)
+    normalised(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in normalised.parameters())
+
+
+def test_grad_scaler_skips_an_overflowing_step(layer, x, device):
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**16)
+    before = layer.weight.detach().clone()
+    for loss_scale, moves in ((1e30, False), (1.0, True)):
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.float16):
+            loss = layer(x).float().square().mean() * loss_scale
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(layer.weight, before) != moves
