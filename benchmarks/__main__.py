@@ -1,40 +1,97 @@
-"""Times the contestants over a table of problems, and writes the medians with the environment as JSON."""
+"""Times the ways to write a block-diagonal linear layer, and writes all numbers with the environment as JSON.
+
+Every contestant is checked against float64 before it is timed; then they run in turn, round by round.
+"""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.timing import Problem, capture, make_steps, measure
-from blockdiag.__main__ import report
+from benchmarks import report, runs
+from benchmarks.ceilings import floor_us, measure_ceiling
+from benchmarks.compare import compare, differences
+from benchmarks.contestants import COMPILED, CONTESTANTS
+from benchmarks.suites import Problem, Suite, make_suites
+from benchmarks.timing import PRECISIONS, measure
+from blockdiag.__main__ import report as blockdiag_report
 
-PROBLEMS = {
-    "cpu": [
-        Problem(128, 1, 256, 256),
-        Problem(128, 4, 64, 64),
-        Problem(128, 16, 64, 64),
-        Problem(128, 16, 256, 256),
-        Problem(128, 32, 32, 32),
-        Problem(2048, 32, 32, 32),
-    ],
-    "cuda": [
-        Problem(128, 1, 1024, 1024),
-        *(Problem(128, 16, size, size) for size in (64, 256, 1024)),
-        Problem(128, 4, 512, 512),
-        Problem(128, 32, 32, 32),
-        Problem(2048, 32, 32, 32),
-        Problem(2560, 12, 1024, 3072),
-    ],
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODES = {"cpu": ["eager"], "cuda": ["eager", "graph"]}
+MODES = ("eager", "compiled", "graph")
+PASSES = ("fwd", "fwd+bwd")
+
+
+class Plan(NamedTuple):
+    """One case to measure."""
+
+    threads: int
+    precision: str
+    suite: str
+    problem: Problem
+    which: str
+    mode: str
+
+    def as_json(self) -> runs.Case:
+        problem = self.problem._asdict()
+        setting = {"precision": self.precision, "pass": self.which, "mode": self.mode, "threads": self.threads}
+        return {"suite": self.suite, "problem": problem, **setting}
+
+
+def _positive(number: type):
+    def convert(text: str):
+        if number(text) <= 0:
+            raise argparse.ArgumentTypeError(f"must be positive, but got {text}")
+        return number(text)
+
+    convert.__name__ = f"positive {number.__name__}"
+    return convert
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    cuda = torch.cuda.is_available()
+    add("--suites", nargs="+", choices=make_suites("cpu"), default=["quick"], help="problems (default: quick)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="default: %(default)s")
+    precisions = ["float32", "bfloat16", "float16"]
+    add("--precisions", nargs="+", choices=PRECISIONS, default=precisions, help="default: all but the amp ones")
+    add("--passes", nargs="+", choices=PASSES, default=PASSES, help="default: both")
+    add("--modes", nargs="+", choices=MODES, help="default: eager, and on a GPU graph (CUDA graphs)")
+    add("--contestants", nargs="+", choices=CONTESTANTS, help="beside ours and the loop (default: the suite's)")
+    add("--threads", nargs="+", type=_positive(int), default=[torch.get_num_threads()], help="default: %(default)s")
+    add("--rounds", type=_positive(int), default=15, help="timed rounds of each case (default: %(default)s)")
+    add("--max-minutes", type=_positive(float), metavar="M", help="no case is started after that")
+    add("--output", type=Path, metavar="JSON", help="where to write all numbers; also when interrupted")
+    add("--plots", type=Path, metavar="DIR", nargs="?", const=Path(), help="plot; DIR defaults to that of the JSON")
+    add("--compare", type=Path, metavar="OLD", help="an older JSON: exit with 1 if ours is slower beyond the spread")
+    add("--show", type=Path, metavar="JSON", help="measure nothing, show this")
+    add("--markdown", action="store_true", help="print Markdown tables, and nothing else, to standard output")
+    arguments = parser.parse_args(argv)
+    if arguments.show and arguments.output:
+        parser.error("--show measures nothing, so there is no --output to write")
+    if arguments.device == "cuda" and not cuda and not arguments.show:
+        parser.error("--device cuda, but torch finds no GPU")
+    if arguments.modes is None:
+        arguments.modes = ["eager", "graph"] if arguments.device == "cuda" else ["eager"]
+    if "graph" in arguments.modes and arguments.device != "cuda":
+        parser.error("--modes graph needs --device cuda")
+    if arguments.plots == Path():
+        if not (arguments.show or arguments.output):
+            parser.error("--plots needs a DIR where there is no JSON to put the plots next to")
+        arguments.plots = (arguments.show or arguments.output).parent
+    for folder in filter(None, (arguments.plots, arguments.output and arguments.output.parent)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"cannot write to {folder}: {error}")
+    return parser, arguments
 
 
 def commit() -> str:
@@ -44,67 +101,137 @@ def commit() -> str:
     return result.stdout.strip() or os.environ.get("BLOCKDIAG_COMMIT", "unknown")
 
 
-def driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def describe_environment(device: str) -> dict[str, str]:
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    environment = {"device": device, **blockdiag_report(), "commit": commit(), "date": date}
+    if device == "cuda":
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        environment["driver"] = ", ".join(sorted(set(driver)))
+    return environment
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--device", choices=PROBLEMS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each problem (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
-    return parser.parse_args()
+def contestants_of(suite: Suite, mode: str, chosen: list[str] | None) -> list[str]:
+    """Ours and the loop always run: they are what the others are set against."""
+    wanted = {"ours", "loop", *(chosen or suite.contestants or CONTESTANTS)}
+    return [name for name in (COMPILED if mode == "compiled" else CONTESTANTS) if name in wanted]
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    torch.manual_seed(0)
-    names = list(CONTESTANTS)
-    cases = [
-        (problem, dtype, backward)
-        for dtype in arguments.dtypes
-        for problem in PROBLEMS[arguments.device]
-        for backward in (False, True)
+def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
+    """Measures all cases into `content`, or as many as there is time for; whether it was not interrupted."""
+    device, suites = torch.device(arguments.device), make_suites(arguments.device)
+    content["environment"] = describe_environment(arguments.device)
+    plans = [
+        Plan(threads, precision, name, *case)
+        for threads, precision, name in product(arguments.threads, arguments.precisions, arguments.suites)
+        for case in product(suites[name].problems, arguments.passes, arguments.modes)
     ]
-    results = []
-    for problem, dtype, backward in tqdm(cases, desc="problems", mininterval=1):
-        steps = make_steps(names, problem, DTYPES[dtype], device, backward)
-        for mode in MODES[arguments.device]:
-            timed = steps if mode == "eager" else {name: capture(step) for name, step in steps.items()}
-            case = {
-                "problem": problem._asdict(),
-                "dtype": dtype,
-                "pass": "fwd+bwd" if backward else "fwd",
-                "mode": mode,
-            }
-            results.append({**case, "times": measure(timed, arguments.rounds, device)})
+    ceilings = {}
+    threads_before = torch.get_num_threads()
+    cudnn_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # as for products
+    began = time.perf_counter()
+    progress = tqdm(plans, unit="case")
+    try:
+        for plan in progress:
+            if arguments.max_minutes and time.perf_counter() - began > 60 * arguments.max_minutes:
+                content["left_out"].append(plan.as_json())
+                continue
+            progress.set_description(f"{plan.suite} {plan.problem} {plan.precision} {plan.which} {plan.mode}")
+            torch.set_num_threads(plan.threads)
+            precision, backward = PRECISIONS[plan.precision], plan.which == "fwd+bwd"
+            key = (precision.result, plan.threads)
+            if key not in ceilings:
+                ceilings[key] = measure_ceiling(precision.result, device)
+                name = str(precision.result).removeprefix("torch.")
+                content["ceilings"].append({"dtype": name, "threads": plan.threads, **ceilings[key]._asdict()})
+            suite = suites[plan.suite]
+            measured = measure(
+                contestants_of(suite, plan.mode, arguments.contestants),
+                plan.problem,
+                precision,
+                device,
+                backward=backward,
+                mode=plan.mode,
+                rounds=arguments.rounds,
+                rotate=suite.rotate,
+            )
+            for entry in measured.values():
+                if "times_us" in entry:
+                    entry["times_us"] = runs.round_times(entry["times_us"])
+            floor = floor_us(plan.problem, precision, backward, ceilings[key])
+            case = {**plan.as_json(), "floor_us": float(f"{floor:.4g}"), "contestants": measured}
+            content["cases"].append(case)
+    except KeyboardInterrupt:
+        return False
+    finally:
+        progress.close()
+        torch.set_num_threads(threads_before)
+        torch.backends.cudnn.allow_tf32 = cudnn_tf32
+    return True
 
-    print(f"\nMicroseconds (medians of {arguments.rounds} interleaved rounds), and the loop's time over ours.")
-    print(
-        f"{'dtype':9}{'B, G, K->N':22}{'pass':9}{'mode':7}"
-        + "".join(f"{name:>10}" for name in names)
-        + f"{'loop/ours':>11}"
-    )
-    for result in results:
-        times = [result["times"][name]["median_us"] for name in names]
-        ratio = times[names.index("loop")] / times[names.index("ours")]
-        print(
-            f"{result['dtype']:9}{Problem(**result['problem'])!s:22}{result['pass']:9}{result['mode']:7}"
-            + "".join(f"{time:10.1f}" for time in times)
-            + f"{ratio:11.2f}"
-        )
-    if arguments.output is not None:
-        environment = {**report(), "commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        if device.type == "cuda":
-            environment["driver"] = driver()
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment, "rounds": arguments.rounds, "results": results}
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
-        print(f"Written to {arguments.output}", file=sys.stderr)
+
+def show(content: runs.Content, arguments: argparse.Namespace) -> None:
+    if arguments.markdown:
+        print(report.markdown(content))
+    else:
+        print(report.tables(content), report.summary(content), sep="\n\n")
+    if content["left_out"]:
+        print(f"Left out for want of time: {len(content['left_out'])} cases", file=sys.stderr)
+    if arguments.plots:
+        from benchmarks import plots
+
+        for path in plots.plot(content, arguments.plots, (arguments.show or arguments.output or Path("run")).stem):
+            print(f"Written to {path}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 for a regression, 130 after Ctrl-C; exits with 2 for what cannot be done."""
+    parser, arguments = parse_arguments(argv)
+    if arguments.plots:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.error("--plots needs matplotlib: pip install matplotlib")
+    try:
+        old = runs.load(arguments.compare) if arguments.compare else None
+        content = runs.load(arguments.show) if arguments.show else None
+        if arguments.output:
+            arguments.output.open("a").close()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    finished = True
+    if content is None:
+        content = {
+            "environment": {},
+            "settings": {"rounds": arguments.rounds, "arguments": sys.argv[1:] if argv is None else argv},
+            "ceilings": [],
+            "cases": [],
+            "left_out": [],
+        }
+        try:
+            finished = measure_all(arguments, content)
+        finally:  # also if a contestant is wrong
+            if arguments.output:
+                runs.save(content, arguments.output)
+                print(f"Written to {arguments.output}", file=sys.stderr)
+    show(content, arguments)
+    if not finished:
+        print("Interrupted: what was measured so far is shown and written.", file=sys.stderr)
+        return 130
+    if old is None:
+        return 0
+    for difference in differences(old, content):
+        print(f"Warning: the environments differ. {difference}", file=sys.stderr)
+    try:
+        number, regressions = compare(old, content)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"Compared with {arguments.compare}: {number} cases, {len(regressions)} slower beyond the spread")
+    for regression in regressions:
+        print(f"  {regression}")
+    return 1 if regressions else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,11 @@
-"""The ways to write a block-diagonal linear layer, one short function each.
+"""The ways to write a block-diagonal linear layer, one short function each. To add one, write its function here.
 
-A contestant takes a weight (G, N, K) and a bias (G * N) and returns its forward function, from concatenated input
-(B, G * K) to concatenated output (B, G * N), and its parameters, in whatever form it keeps them.
+A contestant takes a weight (G, N, K) and a bias (G * N,) and returns its forward function and its parameters, in
+whatever form it keeps them. `forward(x, *parameters)` computes concatenated output (B, G * N) from concatenated input
+(B, G * K), with the parameters that it is given, so that they can be exchanged for copies.
+
+Where a contestant does not apply, it or its forward function raises NotImplementedError, or torch a RuntimeError. Under
+autocast, additions that torch would carry out in float32 are cast, as an attentive user would.
 """
 
 from collections.abc import Callable
@@ -12,57 +16,220 @@ from torch.nn import functional as F
 
 import blockdiag
 
-Contestant = Callable[[Tensor, Tensor], tuple[Callable[[Tensor], Tensor], list[Tensor]]]
+Forward = Callable[..., Tensor]
+Contestant = Callable[[Tensor, Tensor], tuple[Forward, list[Tensor]]]
+
+CONTESTANTS: dict[str, Contestant] = {}
+COMPILED = ("ours", "loop", "einsum")  # that are timed in compiled mode too
+# Larger dense weights are not built: beside all other contestants' tensors they would not fit.
+DENSE_BYTES = 4 << 30
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()
+def contestant(function: Contestant) -> Contestant:
+    CONTESTANTS[function.__name__] = function
+    return function
 
 
+def _batched(features: Tensor, num_blocks: int) -> Tensor:
+    """Concatenated (B, G * K) as a view in the batched layout (G, B, K)."""
+    return features.view(len(features), num_blocks, -1).transpose(0, 1)
+
+
+def _concatenated(batched: Tensor) -> Tensor:
+    """Batched (G, B, N) copied into the concatenated layout (B, G * N)."""
+    return batched.transpose(0, 1).flatten(1)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """For functions that autocast leaves alone: what it does to the arguments of F.linear."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+
+
+def _dense_weight(weight: Tensor) -> Tensor:
+    size = len(weight) * weight.nbytes
+    if size > DENSE_BYTES:
+        raise NotImplementedError(f"a dense weight of {size / 2**30:.1f} GiB")
+    return torch.block_diag(*weight)
+
+
+@contestant
 def ours(weight: Tensor, bias: Tensor):
-    weight, bias = _leaf(weight), _leaf(bias)
-    return lambda x: blockdiag.linear(x, weight, bias), [weight, bias]
+    return blockdiag.linear, [weight, bias]
 
 
+@contestant
 def loop(weight: Tensor, bias: Tensor):
     """A linear layer for each block, their outputs concatenated."""
-    weights = [_leaf(block) for block in weight]
-    biases = [_leaf(block) for block in bias.view(len(weights), -1)]
+    num_blocks = len(weight)
 
-    def forward(x: Tensor) -> Tensor:
-        slices = x.chunk(len(weights), dim=-1)
+    def forward(x: Tensor, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[:num_blocks], parameters[num_blocks:]
+        slices = x.chunk(num_blocks, dim=-1)
         return torch.cat([F.linear(*block) for block in zip(slices, weights, biases, strict=True)], dim=-1)
 
-    return forward, [*weights, *biases]
+    return forward, [*weight, *bias.view(num_blocks, -1)]
 
 
-def einsum(weight: Tensor, bias: Tensor):
-    weight, bias = _leaf(weight), _leaf(bias)
-    num_blocks, _, in_block = weight.shape
-
-    def forward(x: Tensor) -> Tensor:
-        return torch.einsum("bgk,gnk->bgn", x.view(-1, num_blocks, in_block), weight).flatten(1) + bias
-
-    return forward, [weight, bias]
-
-
-def baddbmm(weight: Tensor, bias: Tensor):
-    """A batched product between two copies: into the batched layout and out of it."""
-    weight, bias = _leaf(weight), _leaf(bias)
-    num_blocks, out_block, in_block = weight.shape
-
-    def forward(x: Tensor) -> Tensor:
-        batched = x.view(-1, num_blocks, in_block).transpose(0, 1).contiguous()
-        product = torch.baddbmm(bias.view(num_blocks, 1, out_block), batched, weight.mT)
-        return product.transpose(0, 1).reshape(len(x), -1)
-
-    return forward, [weight, bias]
-
-
+@contestant
 def dense(weight: Tensor, bias: Tensor):
-    """One linear layer with the zeros in place: what a masked dense weight costs without its mask."""
-    weight, bias = _leaf(torch.block_diag(*weight)), _leaf(bias)
-    return lambda x: F.linear(x, weight, bias), [weight, bias]
+    """One linear layer with the zeros in place: what the multiplied zeros cost, and in training not the same layer."""
+    return F.linear, [_dense_weight(weight), bias]
 
 
-CONTESTANTS: dict[str, Contestant] = {function.__name__: function for function in (ours, loop, einsum, baddbmm, dense)}
+@contestant
+def masked_dense(weight: Tensor, bias: Tensor):
+    """One linear layer whose weight is masked in each call."""
+    masked = _dense_weight(weight)
+    mask = torch.block_diag(*torch.ones_like(weight))
+    return lambda x, masked, bias: F.linear(x, masked * mask, bias), [masked, bias]
+
+
+@contestant
+def block_diag(weight: Tensor, bias: Tensor):
+    """One linear layer whose weight is assembled in each call."""
+    return lambda x, weight, bias: F.linear(x, _dense_weight(weight), bias), [weight, bias]
+
+
+@contestant
+def bsr(weight: Tensor, bias: Tensor):
+    """A block-sparse weight, for inference."""
+    num_blocks, out_block, in_block = weight.shape
+    size = (num_blocks * out_block, num_blocks * in_block)
+    rows, columns = (torch.arange(end, device=weight.device) for end in (num_blocks + 1, num_blocks))
+    sparse = torch.sparse_bsr_tensor(rows, columns, weight, size=size, check_invariants=False)
+
+    def forward(x: Tensor, sparse: Tensor, bias: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("inference only")
+        return F.linear(x, sparse, bias)
+
+    return forward, [sparse, bias]
+
+
+@contestant
+def grouped_conv1d(weight: Tensor, bias: Tensor):
+    """A convolution of length 1 with one group for each block."""
+    num_blocks = len(weight)
+
+    def forward(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+        return F.conv1d(x.unsqueeze(-1), kernel, bias, groups=num_blocks).squeeze(-1)
+
+    return forward, [weight.flatten(0, 1).unsqueeze(-1), bias]
+
+
+@contestant
+def einsum(weight: Tensor, bias: Tensor):
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        stacked = x.view(len(x), len(weight), -1)
+        product = torch.einsum("bgk,gnk->bgn", stacked, weight).flatten(1)
+        return product + bias.to(product.dtype)
+
+    return forward, [weight, bias]
+
+
+@contestant
+def vmap(weight: Tensor, bias: Tensor):
+    """F.linear, vectorised over the blocks by torch."""
+    mapped = torch.vmap(F.linear, in_dims=(1, 0, 0), out_dims=1)
+
+    def forward(*tensors: Tensor) -> Tensor:
+        x, weight, bias = _autocast(*tensors)
+        num_blocks = len(weight)
+        return mapped(x.view(len(x), num_blocks, -1), weight, bias.view(num_blocks, -1)).flatten(1)
+
+    return forward, [weight, bias]
+
+
+@contestant
+def bmm(weight: Tensor, bias: Tensor):
+    """A batched product between two copies: into the batched layout and out of it."""
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        product = _concatenated(torch.bmm(_batched(x, len(weight)).contiguous(), weight.mT))
+        return product + bias.to(product.dtype)
+
+    return forward, [weight, bias]
+
+
+@contestant
+def baddbmm(weight: Tensor, bias: Tensor):
+    """As bmm, but the product adds the bias."""
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        num_blocks = len(weight)
+        batched = _batched(x, num_blocks).contiguous()
+        return _concatenated(torch.baddbmm(bias.view(num_blocks, 1, -1), batched, weight.mT))
+
+    return forward, [weight, bias]
+
+
+class _BmmOut(torch.autograd.Function):
+    """Batched products that write into strided views of their results: `out=` itself refuses autograd."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        num_blocks = len(weight)
+        output = x.new_empty(len(x), len(bias))
+        torch.bmm(_batched(x, num_blocks), weight.mT, out=_batched(output, num_blocks))
+        return output.add_(bias)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        x, weight = ctx.saved_tensors
+        num_blocks = len(weight)
+        grad_x = torch.empty_like(x)
+        batched = _batched(grad_output, num_blocks)
+        torch.bmm(batched, weight, out=_batched(grad_x, num_blocks))
+        grad_weight = torch.bmm(batched.mT, _batched(x, num_blocks))
+        return grad_x, grad_weight, grad_output.sum(0)
+
+
+@contestant
+def bmm_out(weight: Tensor, bias: Tensor):
+    """Without copies: as HazyResearch/fly and NVIDIA/recsys-examples#263 write it."""
+    return lambda *tensors: _BmmOut.apply(*_autocast(*tensors)), [weight, bias]
+
+
+@contestant
+def grouped_mm(weight: Tensor, bias: Tensor):
+    """The product that torch has for mixtures of experts, of two batches of matrices."""
+    if not hasattr(F, "grouped_mm"):
+        raise NotImplementedError(f"torch {torch.__version__} has no torch.nn.functional.grouped_mm")
+
+    def forward(*tensors: Tensor) -> Tensor:
+        x, weight, bias = _autocast(*tensors)
+        return _concatenated(F.grouped_mm(_batched(x, len(weight)), weight.mT)) + bias
+
+    return forward, [weight, bias]
+
+
+def _packed(weight: Tensor, bias: Tensor, **arguments: str):
+    """What PackedLinear computes where each estimator is a block (alpha = gamma = 1), as a function of parameters."""
+    try:
+        from torch_uncertainty.layers import PackedLinear
+        from torch_uncertainty.layers.functional.packed import packed_linear
+    except ImportError as error:
+        raise NotImplementedError("torch_uncertainty is not installed") from error
+    num_blocks, out_block, in_block = weight.shape
+    layer = PackedLinear(num_blocks * in_block, num_blocks * out_block, alpha=1, num_estimators=num_blocks, **arguments)
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return packed_linear(x, weight, layer.groups, layer.implementation, bias)
+
+    return forward, [weight, bias]
+
+
+@contestant
+def packed_linear(weight: Tensor, bias: Tensor):
+    """TorchUncertainty's PackedLinear as it comes."""
+    return _packed(weight, bias)
+
+
+@contestant
+def packed_einsum(weight: Tensor, bias: Tensor):
+    """TorchUncertainty's PackedLinear, told to use einsum: the default in some releases."""
+    return _packed(weight, bias, implementation="einsum")

@@ -1,63 +1,166 @@
 """Times contestants on one problem: checked first, then in turn round by round, so that a drifting machine hits all."""
 
-import statistics
+import itertools
+import math
+import random
+import re
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from benchmarks.contestants import CONTESTANTS
+from benchmarks.contestants import CONTESTANTS, Forward
+from benchmarks.suites import Problem
 
-ROUND_SECONDS = 0.02  # that one contestant runs in one round, at least once
-TOTAL_SECONDS = 2.0  # after which a slow contestant sits out the rest of the rounds
+ROUND_SECONDS = 0.01  # that one contestant runs in one round, at least once
+CASE_SECONDS = 1.5  # after which a slow contestant sits out the rest of the rounds; or 4 runs of ours, if longer
+RUN_SECONDS = 30.0  # a contestant of which one run takes longer is left out
+MAX_COPIES = 64  # of the operands
 
-
-class Problem(NamedTuple):
-    batch: int
-    num_blocks: int
-    in_block: int
-    out_block: int
-
-    def __str__(self) -> str:
-        return f"{self.batch}, {self.num_blocks}, {self.in_block}->{self.out_block}"
+Step = Callable[[], Any]
 
 
-def make_steps(
-    names: list[str], problem: Problem, dtype: torch.dtype, device: torch.device, backward: bool
-) -> dict[str, Callable[[], object]]:
-    """For each contestant, a function that runs it once on the problem. All compute on the same random data.
+class Precision(NamedTuple):
+    """The dtype of the tensors, and the one that autocast computes in, if it is on."""
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+
+    @property
+    def result(self) -> torch.dtype:
+        return self.autocast or self.dtype
+
+
+PRECISIONS = {
+    "float32": Precision(torch.float32),
+    "bfloat16": Precision(torch.bfloat16),
+    "float16": Precision(torch.float16),
+    "amp-bfloat16": Precision(torch.float32, torch.bfloat16),
+    "amp-float16": Precision(torch.float32, torch.float16),
+}
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The size of the last-level cache; 32 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [re.fullmatch(r"(\d+)([KMG])", path.read_text().strip()) for path in sizes]
+    return max((int(size[1]) * units[size[2]] for size in found if size), default=32 << 20)
+
+
+class Data(NamedTuple):
+    """Random x (B, G * K), weight (G, N, K), bias (G * N,) and grad_output (B, G * N); x and grad_output in copies."""
+
+    inputs: list[Tensor]
+    weight: Tensor
+    bias: Tensor
+    grad_outputs: list[Tensor]
+
+
+def _make_data(
+    problem: Problem, precision: Precision, device: torch.device, backward: bool, rotated_bytes: int
+) -> Data:
+    batch, num_blocks, in_block, out_block = problem
+    dtype = precision.dtype
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device, generator=generator)
+
+    weight = randn(num_blocks, out_block, in_block) / in_block**0.5
+    bias = randn(num_blocks * out_block)
+    x = randn(batch, num_blocks * in_block)
+    grad_output = randn(batch, num_blocks * out_block).to(precision.result)
+    size = x.nbytes + weight.nbytes + bias.nbytes + (grad_output.nbytes if backward else 0)
+    copies = min(MAX_COPIES, max(1, math.ceil(rotated_bytes / size)))
+    inputs = [x.clone().requires_grad_(backward) for _ in range(copies)]
+    return Data(inputs, weight, bias, [grad_output.clone() for _ in range(copies if backward else 1)])
+
+
+def _reference(data: Data, precision: Precision) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and gradients of x, weight and bias, computed in float64, for the first copy of the operands.
+
+    Kept in float32, which is precise enough to compare with, unless the tensors are of float64 themselves.
+    """
+    wide = torch.promote_types(precision.dtype, torch.float32)
+    weight = data.weight.double()
+    num_blocks = len(weight)
+    x, grad_output = (
+        tensor.detach().double().view(len(tensor), num_blocks, -1).transpose(0, 1)
+        for tensor in (data.inputs[0], data.grad_outputs[0])
+    )
+    output = (x @ weight.mT).transpose(0, 1).flatten(1) + data.bias.double()
+    grad_x = (grad_output @ weight).transpose(0, 1).flatten(1)
+    results = (output, grad_x, grad_output.mT @ x, grad_output.sum(1).flatten())
+    return tuple(result.to(wide) for result in results)
+
+
+def _check(
+    name: str, results: tuple[Tensor, ...], reference: tuple[Tensor, ...], problem: Problem, precision: Precision
+) -> None:
+    """Compares (output,) or (output, gradient of x, gradients of the parameters) with the reference.
 
     Raises:
-        AssertionError: a contestant's output is not that of the float64 reference, to the dtype's precision.
+        AssertionError: a result is off by more than the precision explains.
     """
-    batch, num_blocks, in_block, out_block = problem
-    weight = torch.randn(num_blocks, out_block, in_block, dtype=dtype, device=device) / in_block**0.5
-    bias = torch.randn(num_blocks * out_block, dtype=dtype, device=device)
-    x = torch.randn(batch, num_blocks * in_block, dtype=dtype, device=device, requires_grad=backward)
-    grad_output = torch.randn(batch, num_blocks * out_block, dtype=dtype, device=device)
-    wide = x.detach().double().view(batch, num_blocks, in_block)
-    reference = torch.einsum("bgk,gnk->bgn", wide, weight.double()).flatten(1) + bias.double()
-
-    def make_step(name: str) -> Callable[[], object]:
-        forward, parameters = CONTESTANTS[name](weight, bias)
-        error = ((forward(x).double() - reference).norm() / reference.norm()).item()
-        if not error < 4 * torch.finfo(dtype).eps + 1e-6:
-            raise AssertionError(f"{name} is wrong on {problem} in {dtype}: relative error {error:.2g}")
-
-        def step() -> object:
-            if backward:
-                return torch.autograd.grad(forward(x), [x, *parameters], grad_output)
-            with torch.no_grad():
-                return forward(x)
-
-        return step
-
-    return {name: make_step(name) for name in names}
+    output, grad_x, grad_weight, grad_bias = reference
+    expected = [output]
+    if len(results) > 1:
+        # A contestant keeps its gradients as it keeps its parameters.
+        expected += [grad_x, *CONTESTANTS[name](grad_weight, grad_bias)[1]]
+    length = max(problem.batch, problem.in_block, problem.out_block)  # of the longest sum
+    limit = 4 * torch.finfo(precision.result).eps + length**0.5 * torch.finfo(output.dtype).eps
+    for index, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
+        what = "its output" if index == 0 else f"gradient {index - 1}"
+        where = f"{name} is wrong on {problem} in {precision.result}: {what}"
+        assert actual.shape == wanted.shape, f"{where} has shape {tuple(actual.shape)}, not {tuple(wanted.shape)}"
+        dtype = precision.result if index == 0 else precision.dtype
+        assert actual.dtype == dtype, f"{where} is of {actual.dtype}"
+        # Only `dense` has gradients where the others have zeros by construction: not part of the layer, not compared.
+        difference = torch.where(wanted == 0, 0, actual.detach() - wanted)
+        error = (difference.norm() / wanted.norm()).item()
+        assert error <= limit, f"{where} has relative error {error:.2g}, the limit is {limit:.2g}"
 
 
-def capture(step: Callable[[], object]) -> Callable[[], object]:
-    """A function that replays one run of `step` as a CUDA graph."""
+def _make_step(
+    forward: Forward, parameters: list[Tensor], data: Data, precision: Precision, rotated_bytes: int
+) -> Step:
+    """A function that runs the contestant once, on the next copy of the operands.
+
+    It returns (output,), or where the input requires gradients (output, gradient of x, gradients of the parameters).
+    """
+    backward = data.inputs[0].requires_grad
+    # Those of the dense contestants are large: no more copies than it takes.
+    size = sum((each.values() if each.layout == torch.sparse_bsr else each).nbytes for each in parameters)
+    copies = min(len(data.inputs), math.ceil(rotated_bytes / size) if size else 1) or 1
+    rotated = [[each.detach().clone().requires_grad_(backward) for each in parameters] for _ in range(copies)]
+    grad_outputs = itertools.cycle(data.grad_outputs)
+    calls = itertools.cycle([(x, *own) for x, own in zip(data.inputs, itertools.cycle(rotated), strict=False)])
+
+    def call(arguments: tuple[Tensor, ...]) -> Tensor:
+        if precision.autocast is None:
+            return forward(*arguments)
+        with torch.autocast(arguments[0].device.type, precision.autocast):
+            return forward(*arguments)
+
+    def step_forward() -> tuple[Tensor, ...]:
+        return (call(next(calls)),)
+
+    def step_backward() -> tuple[Tensor, ...]:
+        arguments = next(calls)
+        output = call(arguments)
+        return (output, *torch.autograd.grad(output, arguments, next(grad_outputs)))
+
+    return step_backward if backward else step_forward
+
+
+def _capture(step: Step, copies: int) -> Step:
+    """A function that replays one run of `step` on each copy of the operands, as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -66,11 +169,39 @@ def capture(step: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        for _ in range(copies):
+            step()
     return graph.replay
 
 
-def run(step: Callable[[], object], repeats: int, device: torch.device) -> float:
+class FirstRun(NamedTuple):
+    """What a step returns, how long it takes, and the most bytes that torch holds at once beyond those before."""
+
+    results: Any
+    seconds: float
+    peak_bytes: int
+
+
+def first_run(step: Step, device: torch.device) -> FirstRun:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        results = step()
+        torch.cuda.synchronize()
+        return FirstRun(results, time.perf_counter() - began, torch.cuda.max_memory_allocated() - before)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        began = time.perf_counter()
+        results = step()
+        seconds = time.perf_counter() - began
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = itertools.accumulate((change for _, change in changes), initial=0)
+    return FirstRun(results, seconds, max(held))
+
+
+def run(step: Step, repeats: int, device: torch.device) -> float:
     """Microseconds of one run, from `repeats` runs back to back."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -86,19 +217,108 @@ def run(step: Callable[[], object], repeats: int, device: torch.device) -> float
     return 1e6 * (time.perf_counter() - began) / repeats
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """For each step, its median over the rounds and its quartiles in microseconds, and how many rounds it ran."""
+def _refuse_endless(forward: Forward, parameters: list[Tensor], data: Data, problem: Problem) -> None:
+    """Refuses what would take minutes, going by a sixteenth of the batch: a large dense layer in half precision."""
+    x = data.inputs[0].detach()
+    dense_operations = 2 * problem.batch * problem.num_blocks**2 * problem.in_block * problem.out_block
+    if dense_operations < 1e10:
+        return
+    part = x[: math.ceil(problem.batch / 16)]
+    passes = 3 if data.inputs[0].requires_grad else 1
+    with torch.no_grad():
+        seconds = 1e-6 * run(lambda: forward(part, *parameters), 1, x.device) * len(x) / len(part) * passes
+    if seconds > RUN_SECONDS:
+        raise NotImplementedError(f"one run takes more than {RUN_SECONDS:.0f} s")
+
+
+def measure(
+    names: list[str],
+    problem: Problem,
+    precision: Precision,
+    device: torch.device,
+    *,
+    backward: bool = False,
+    mode: str = "eager",
+    rounds: int = 15,
+    rotate: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Times contestants on one problem.
+
+    Args:
+        names: of the contestants.
+        problem: the sizes.
+        precision: dtype of the tensors, and of autocast.
+        device: CPU or CUDA; the latter must be the current device.
+        backward: forward and backward pass, with the gradients of x and all parameters; else forward without autograd.
+        mode: "eager", "compiled" (torch.compile) or "graph" (replays of a CUDA graph).
+        rounds: in each, every contestant runs for ROUND_SECONDS or once, in an order that is drawn anew.
+        rotate: operands are exchanged for copies from run to run, together twice as large as the cache.
+
+    Returns:
+        For each contestant, {"times_us", "peak_bytes"}: microseconds of one run in each round, fewer for one that has
+        run for CASE_SECONDS; or {"skipped": why it does not apply}.
+
+    Raises:
+        AssertionError: a contestant's result is not that of the float64 reference, to the precision's tolerance.
+        RuntimeError: ours failed, for another reason than a lack of memory.
+    """
+    rotated_bytes = 2 * cache_bytes(device) if rotate else 0
+    results: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Step] = {}
+    case_seconds = CASE_SECONDS
+    torch.compiler.reset()  # torch.compile gives up on a function after 8 versions of it
+    with torch.set_grad_enabled(backward):
+        data = _make_data(problem, precision, device, backward, rotated_bytes)
+        reference = _reference(data, precision)
+        copies = len(data.inputs)
+        for name in names:
+            try:
+                forward, parameters = CONTESTANTS[name](data.weight, data.bias)
+                _refuse_endless(forward, parameters, data, problem)
+                if mode == "compiled":
+                    forward = torch.compile(forward, dynamic=False)
+                step = _make_step(forward, parameters, data, precision, rotated_bytes)
+                del forward, parameters  # the step has copies
+                if mode == "compiled":
+                    step()
+                first = first_run(step, device)
+                _check(name, first.results, reference, problem, precision)
+                results[name] = {"times_us": [1e6 * first.seconds], "peak_bytes": first.peak_bytes}
+                if name == "ours":
+                    case_seconds = max(CASE_SECONDS, 4 * first.seconds)
+                # The first run of a contestant as slow as that is as good as any, and stays its only one.
+                if first.seconds < case_seconds:
+                    steps[name] = _capture(step, copies) if mode == "graph" else step
+                del first
+            except RuntimeError as error:  # NotImplementedError is one
+                if name == "ours" and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                results[name] = {"skipped": _reason(error)}
+        runs = copies if mode == "graph" else 1  # in one call of a step
+        for name, times in _time_rounds(steps, rounds, case_seconds, device).items():
+            results[name]["times_us"] = [time_us / runs for time_us in times]
+    return results
+
+
+def _reason(error: Exception) -> str:
+    message = str(error).strip().splitlines() or [""]
+    kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
+    return kind + message[0][:160]
+
+
+def _time_rounds(
+    steps: dict[str, Step], rounds: int, case_seconds: float, device: torch.device
+) -> dict[str, list[float]]:
+    """Microseconds of one call of each step, round by round."""
     repeats = {}
     for name, step in steps.items():
-        run(step, 1, device)
-        repeats[name] = max(1, int(1e6 * ROUND_SECONDS / run(step, 1, device)))
+        once = run(step, 1, device)
+        repeats[name] = max(1, int(1e6 * ROUND_SECONDS / run(step, max(1, int(1e5 * ROUND_SECONDS / once)), device)))
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, step in steps.items():
-            if 1e-6 * repeats[name] * sum(times[name]) < TOTAL_SECONDS:
-                times[name].append(run(step, repeats[name], device))
-    results = {}
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-        results[name] = {"median_us": median, "low_us": low, "high_us": high, "rounds": len(values)}
-    return results
+        shuffle(order)
+        for name in order:
+            if 1e-6 * repeats[name] * sum(times[name]) < case_seconds:
+                times[name].append(run(steps[name], repeats[name], device))
+    return times

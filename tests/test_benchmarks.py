@@ -1,40 +1,347 @@
-"""The contestants of the benchmark compute the same layer, forward and backward."""
+"""The benchmark: its contestants compute the same layer, its numbers are what they say, its command line works."""
+
+import json
+import re
 
 import pytest
 import torch
 
 import reference
+from benchmarks import __main__ as command
+from benchmarks import compare, report, runs, timing
+from benchmarks.ceilings import Ceiling, floor_us
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.timing import Problem, make_steps, measure
+from benchmarks.suites import PUBLISHED, Problem, make_suites
+from benchmarks.timing import PRECISIONS, Precision, cache_bytes, first_run, measure
 
 PROBLEM = Problem(batch=6, num_blocks=3, in_block=4, out_block=5)
+SQUARE = Problem(batch=6, num_blocks=3, in_block=16, out_block=16)
+CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _short_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
+
+
+@pytest.fixture(autouse=True)
+def _small_ceiling(monkeypatch):
+    """A large product and a large copy take seconds."""
+    monkeypatch.setattr("benchmarks.ceilings.MATRIX_SIZE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr("benchmarks.ceilings.cache_bytes", lambda device: 1 << 16)
+
+
+# Who cannot compute a problem in a dtype: by torch's own limits, or for want of a package.
+INAPPLICABLE = {
+    "bsr": "inference only|non-square|not implemented",
+    "grouped_mm": "multiple of 16|Float32|no torch.nn.functional.grouped_mm|not supported",
+    "packed_linear": "not installed",
+    "packed_einsum": "not installed",
+}
+
+
+def compute(name, tensors):
+    """Output of a contestant and gradients of x and of its parameters, or a skipped test."""
+    x, weight, bias, grad_output = tensors
+    try:
+        forward, parameters = CONTESTANTS[name](weight, bias)
+        parameters = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+        output = forward(x, *parameters)
+        return output, torch.autograd.grad(output, [x, *parameters], grad_output)
+    except RuntimeError as error:
+        if re.search(INAPPLICABLE.get(name, "never"), str(error)):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("problem", [PROBLEM, SQUARE, Problem(1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("name", CONTESTANTS)
-def test_contestant(name, device):
-    weight = torch.randn(3, 5, 4, dtype=torch.float64, device=device)
-    bias = torch.randn(15, dtype=torch.float64, device=device)
-    x = torch.randn(6, 12, dtype=torch.float64, device=device, requires_grad=True)
-    forward, parameters = CONTESTANTS[name](weight, bias)
-    output, expected = forward(x), reference.linear(x, weight, bias)
+def test_contestant(name, problem, dtype, device):
+    batch, num_blocks, in_block, out_block = problem
+    x = torch.randn(batch, num_blocks * in_block, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(num_blocks, out_block, in_block, dtype=dtype, device=device, requires_grad=True)
+    bias = torch.randn(num_blocks * out_block, dtype=dtype, device=device, requires_grad=True)
+    grad_output = torch.randn(batch, num_blocks * out_block, dtype=dtype, device=device)
+    expected = reference.linear(x, weight, bias)
+    grad_x, grad_weight, grad_bias = torch.autograd.grad(expected, [x, weight, bias], grad_output)
+    output, grads = compute(name, (x, weight.detach(), bias.detach(), grad_output))
     torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(torch.autograd.grad(output.sum(), x), torch.autograd.grad(expected.sum(), x))
-    grads = torch.autograd.grad(forward(x).sum(), parameters)
-    assert [grad.shape for grad in grads] == [parameter.shape for parameter in parameters]
+    torch.testing.assert_close(grads[0], grad_x)
+    # The gradients are kept as the parameters are: a dense weight has zeros beside its blocks.
+    for actual, wanted in zip(grads[1:], CONTESTANTS[name](grad_weight, grad_bias)[1], strict=True):
+        torch.testing.assert_close(torch.where(wanted == 0, 0, actual), wanted)
 
 
-def test_a_wrong_contestant_is_not_timed(monkeypatch):
-    monkeypatch.setitem(CONTESTANTS, "wrong", lambda weight, bias: (lambda x: x.new_zeros(6, 15), []))
-    with pytest.raises(AssertionError, match="wrong is wrong on 6, 3, 4->5"):
-        make_steps(["ours", "wrong"], PROBLEM, torch.float32, torch.device("cpu"), backward=False)
+def test_bsr_infers():
+    weight, bias, x = torch.randn(3, 16, 16), torch.randn(48), torch.randn(6, 48)
+    with torch.no_grad():
+        forward, parameters = CONTESTANTS["bsr"](weight, bias)
+        torch.testing.assert_close(forward(x, *parameters), reference.linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_measure(backward, monkeypatch):
-    monkeypatch.setattr("benchmarks.timing.ROUND_SECONDS", 1e-4)
-    steps = make_steps(list(CONTESTANTS), PROBLEM, torch.float32, torch.device("cpu"), backward)
-    results = measure(steps, 3, torch.device("cpu"))
-    assert list(results) == list(CONTESTANTS)
-    for times in results.values():
-        assert 0 < times["low_us"] <= times["median_us"] <= times["high_us"]
-        assert times["rounds"] == 3
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
+def test_measure(backward, precision, device):
+    measured = measure(
+        list(CONTESTANTS), SQUARE, PRECISIONS[precision], torch.device(device), backward=backward, rounds=3
+    )
+    assert list(measured) == list(CONTESTANTS)
+    for name, entry in measured.items():
+        if "skipped" in entry:
+            assert re.search(INAPPLICABLE[name], entry["skipped"])
+        else:
+            assert len(entry["times_us"]) == 3
+            assert min(entry["times_us"]) > 0
+            assert entry["peak_bytes"] >= 6 * 3 * 16 * PRECISIONS[precision].result.itemsize
+
+
+def off_by_a_little(weight, bias):
+    return lambda x, weight, bias: CONTESTANTS["ours"](weight, bias)[0](x, weight, bias * 1.001), [weight, bias]
+
+
+def without_bias_gradient(weight, bias):
+    def forward(x, weight, bias):
+        return CONTESTANTS["ours"](weight, bias)[0](x, weight, bias.detach()) + 0 * bias
+
+    return forward, [weight, bias]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "backward", "message"),
+    [
+        (off_by_a_little, False, r"wrong is wrong on 6, 3, 4->5 .*: its output has relative error"),
+        (without_bias_gradient, True, "gradient 2 has relative error 1, "),
+        (lambda w, b: (lambda x, w, b: x.double(), [w, b]), False, "its output has shape"),
+        (lambda w, b: (lambda x, w, b: x.new_zeros(6, 15).double(), [w, b]), False, "its output is of torch.float64"),
+    ],
+)
+def test_wrong_contestants_are_not_timed(wrong, backward, message, monkeypatch):
+    monkeypatch.setitem(CONTESTANTS, "wrong", wrong)
+    with pytest.raises(AssertionError, match=message):
+        measure(["ours", "wrong"], PROBLEM, PRECISIONS["float32"], CPU, backward=backward, rounds=1)
+
+
+def test_failures_of_ours_are_not_skipped(monkeypatch):
+    def fails(weight, bias):
+        raise RuntimeError("does not work")
+
+    for name in ("ours", "loop"):
+        monkeypatch.setitem(CONTESTANTS, name, fails)
+    with pytest.raises(RuntimeError, match="does not work"):
+        measure(["ours"], PROBLEM, PRECISIONS["float32"], CPU)
+    assert measure(["loop"], PROBLEM, PRECISIONS["float32"], CPU) == {
+        "loop": {"skipped": "RuntimeError: does not work"}
+    }
+
+
+def test_slow_contestants_run_once(monkeypatch):
+    monkeypatch.setattr(timing, "CASE_SECONDS", 0.0)
+    times = measure(["dense"], PROBLEM, PRECISIONS["float32"], CPU, rounds=5)["dense"]["times_us"]
+    assert len(times) == 1
+    monkeypatch.setattr(timing, "RUN_SECONDS", 0.0)
+    slow = Problem(512, 8, 512, 512)
+    assert "takes more than" in measure(["dense"], slow, PRECISIONS["float32"], CPU)["dense"]["skipped"]
+
+
+def test_operands_are_rotated(monkeypatch):
+    """Over copies that exceed twice the cache, and over as few as that takes."""
+    seen = set()
+
+    def spy(weight, bias):
+        def forward(x, weight, bias):
+            seen.add((x.data_ptr(), weight.data_ptr()))
+            return CONTESTANTS["ours"](weight, bias)[0](x, weight, bias)
+
+        return forward, [weight, bias]
+
+    monkeypatch.setitem(CONTESTANTS, "spy", spy)
+    operands = 4 * (6 * 12 + 3 * 5 * 4 + 15)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 2 * operands)
+    measure(["spy"], PROBLEM, PRECISIONS["float32"], CPU, rounds=3)
+    assert len({x for x, _ in seen}) == len({weight for _, weight in seen}) == 4
+    seen.clear()
+    measure(["spy"], PROBLEM, PRECISIONS["float32"], CPU, rounds=3, rotate=False)
+    assert len(seen) == 1
+
+
+def test_peak_memory(device):
+    def step():
+        torch.empty(1 << 20, device=device)
+        return torch.empty(1 << 18, device=device) + 1
+
+    assert first_run(step, torch.device(device)).peak_bytes == 4 << 20
+    assert cache_bytes(torch.device(device)) >= 1 << 18
+
+
+def test_floor():
+    # 2 rows, 3 blocks 5 -> 7: x of 30 elements, W of 105, b of 21, y of 42; 2 * 2 * 3 * 5 * 7 = 420 operations.
+    problem, precision = Problem(2, 3, 5, 7), Precision(torch.float32)
+    compute_bound, memory_bound = Ceiling(1e6, 1e12), Ceiling(1e12, 1e6)
+    assert floor_us(problem, precision, False, compute_bound) == pytest.approx(420)
+    assert floor_us(problem, precision, True, compute_bound) == pytest.approx(3 * 420)
+    forward, grad_input, grad_weight = 30 + 105 + 21 + 42, 42 + 105 + 30, 42 + 30 + 105 + 21
+    assert floor_us(problem, precision, False, memory_bound) == pytest.approx(4 * forward)
+    assert floor_us(problem, precision, True, memory_bound) == pytest.approx(4 * (forward + grad_input + grad_weight))
+    autocast = Precision(torch.float32, torch.bfloat16)  # y of 2 bytes
+    assert floor_us(problem, autocast, False, memory_bound) == pytest.approx(4 * (30 + 105 + 21) + 2 * 42)
+
+
+@pytest.mark.parametrize("device_name", ["cpu", "cuda"])
+def test_suites(device_name):
+    suites = make_suites(device_name)
+    for suite in suites.values():
+        assert len(set(suite.problems)) == len(suite.problems) > 0
+        assert min(map(min, suite.problems)) > 0
+        assert CONTESTANTS.keys() >= set(suite.contestants)
+    assert suites["partitioned"].problems[0] == PUBLISHED
+    assert len(suites["partitioned"].problems) == 4 * 2 * 3 * 3
+    assert len(suites["ensemble"].problems) == 5 * (5 if device_name == "cpu" else 7)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The command line on small problems: makes a result, and returns its path."""
+    suites = make_suites("cpu")
+    problems = [PROBLEM, SQUARE]
+    tiny_suites = {name: suite._replace(problems=problems) for name, suite in suites.items()}
+    monkeypatch.setattr(command, "make_suites", lambda device: tiny_suites)
+    monkeypatch.setattr(command, "measure", lambda *a, **k: measure(*a, **{**k, "rounds": 3}))
+
+    def measure_to(path, *arguments) -> int:
+        return command.main(["--device", "cpu", "--precisions", "float32", "--output", str(path), *arguments])
+
+    return measure_to
+
+
+def test_command_line(tiny, tmp_path, capsys):
+    path = tmp_path / "deep" / "run.json"
+    assert tiny(path, "--suites", "quick", "overhead", "--contestants", "einsum", "bsr") == 0
+    printed = capsys.readouterr().out
+    content = runs.load(path)
+    assert len(content["cases"]) == 2 * 2 * 2
+    assert content["environment"]["device"] == "cpu"
+    assert content["ceilings"][0]["operations_per_second"] > 0
+    case = content["cases"][0]
+    assert list(case["contestants"]) == ["ours", "loop", "bsr", "einsum"]
+    assert "skipped" in case["contestants"]["bsr"]
+    assert len(case["contestants"]["ours"]["times_us"]) == 3
+
+    assert command.main(["--show", str(path)]) == 0
+    assert capsys.readouterr().out == printed
+    assert "bsr not run at 2: inference only" in printed
+    assert "quick: float32, fwd+bwd, eager" in printed
+    assert command.main(["--show", str(path), "--markdown"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert "| B, G, K→N | float32, fwd | float32, fwd+bwd |" in table
+    assert any(line.startswith("| 6, 3, 4→5 | ") and line.count("(") == 2 for line in table)
+
+
+def test_plots(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "run.json"
+    assert (
+        tiny(path, "--suites", "quick", "ensemble", "partitioned", "scaling", "--contestants", "einsum", "--plots") == 0
+    )
+    names = {plot.name for plot in tmp_path.glob("run-*.png")}
+    assert len(names) == 3 * 2 + 1
+    elsewhere = tmp_path / "plots"
+    assert command.main(["--show", str(path), "--plots", str(elsewhere)]) == 0
+    assert {plot.name for plot in elsewhere.glob("*.png")} == names
+    assert all(plot.stat().st_size < 150_000 for plot in elsewhere.glob("*.png"))
+
+
+def test_compare(tiny, tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    assert tiny(old, "--contestants", "loop") == 0
+    show = ["--show", str(new), "--compare", str(old)]
+
+    def doctored(factor, **environment):
+        content = json.loads(old.read_text())
+        content["environment"].update(environment)
+        ours = content["cases"][1]["contestants"]["ours"]
+        ours["times_us"] = [factor * time_us for time_us in ours["times_us"]]
+        new.write_text(json.dumps(content))
+        return command.main(show)
+
+    assert doctored(1) == 0
+    assert "4 cases, 0 slower" in capsys.readouterr().out
+    assert doctored(0.1) == 0
+    assert doctored(100, driver="1.2") == 1
+    captured = capsys.readouterr()
+    assert "4 cases, 1 slower" in captured.out
+    assert "quick 6, 3, 4->5, float32, fwd+bwd, eager" in captured.out
+    assert "driver: None -> 1.2" in captured.err
+    with pytest.raises(SystemExit, match="2"):
+        doctored(1, device="cuda")
+    assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_a_drifting_machine_is_no_regression():
+    def content(*, ours, loop):
+        case = {"suite": "quick", "problem": PROBLEM._asdict(), "precision": "float32", "pass": "fwd", "mode": "eager"}
+        contestants = {"ours": {"times_us": ours}, "loop": {"times_us": loop}}
+        return {"environment": {}, "cases": [{**case, "threads": 1, "contestants": contestants}]}
+
+    old = content(ours=[1.0, 1.01, 1.02, 1.03], loop=[2.0, 2.0, 2.0, 2.0])
+    assert compare.compare(old, content(ours=[3.0, 6.0, 3.0, 3.0], loop=[6.0, 12.0, 6.0, 6.0]))[1] == []
+    assert (
+        compare.compare(old, content(ours=[1.0, 1.0, 1.5, 1.5], loop=[2.0, 2.0, 2.0, 2.0]))[1] == []
+    )  # ranges overlap
+    assert compare.compare(old, content(ours=[1.05, 1.05, 1.05, 1.05], loop=[2.0, 2.0, 2.0, 2.0]))[1] == []  # 3 %
+    assert len(compare.compare(old, content(ours=[1.2, 1.2, 1.2, 1.2], loop=[2.0, 2.0, 2.0, 2.0]))[1]) == 1
+
+
+def test_summary():
+    def case(ours, loop, dense):
+        contestants = {"ours": {"times_us": ours}, "loop": {"times_us": loop}, "dense": {"times_us": dense}}
+        setting = {"suite": "quick", "precision": "float32", "pass": "fwd", "mode": "eager", "threads": 1}
+        problem = Problem(128, len(ours), 256, 256)
+        return {**setting, "problem": problem._asdict(), "floor_us": 1.0, "contestants": contestants}
+
+    cases = [case([2.0], [4.0], [1.0]), case([2.0, 4.0], [16.0, 32.0], [4.0, 8.0])]
+    lines = [" ".join(line.split()) for line in report.summary({"cases": cases, "ceilings": []}).splitlines()]
+    assert "quick float32 fwd eager 1 2 1.00 0.50 128, 1, 256->256 (dense)" in lines  # 0.5 and 2
+    assert "quick float32 fwd eager 1 2 4.00 2.00 128, 1, 256->256" in lines  # the loop: 2 and 8
+    assert lines.count("quick float32 fwd eager 1 2 0.41 0.33 128, 2, 256->256") == 2  # the floor: 1/2 and 1/3
+
+
+def test_interrupted_runs_keep_their_results(tiny, tmp_path, monkeypatch):
+    path, counter = tmp_path / "run.json", iter(range(10))
+
+    def interrupted(*arguments, **keywords):
+        if next(counter) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments, **keywords)
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    assert tiny(path, "--contestants", "loop") == 130
+    assert len(runs.load(path)["cases"]) == 2
+
+
+def test_cases_beyond_the_time_limit_are_named(tiny, tmp_path):
+    path = tmp_path / "run.json"
+    assert tiny(path, "--max-minutes", "1e-9") == 0
+    content = runs.load(path)
+    assert content["cases"] == []
+    assert [case["pass"] for case in content["left_out"]] == ["fwd", "fwd+bwd"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "must be positive, but got 0"),
+        (["--modes", "graph", "--device", "cpu"], "graph needs --device cuda"),
+        (["--show", "missing.json"], "cannot read missing.json"),
+        (["--compare", "pyproject.toml"], "cannot read pyproject.toml"),
+        (["--output", "/proc/nowhere/run.json"], "cannot write to"),
+        (["--output", "/"], "Is a directory"),
+        (["--plots"], "--plots needs a DIR"),
+        (["--contestants", "nobody"], "invalid choice: 'nobody'"),
+    ],
+)
+def test_bad_command_lines(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(command, "measure", lambda *a, **k: pytest.fail("measured before the arguments were checked"))
+    with pytest.raises(SystemExit, match="2"):
+        command.main(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""The problems that are timed, in suites."""
+
+from itertools import product
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """A layer of `num_blocks` blocks of `in_block` -> `out_block` features, applied to `batch` rows."""
+
+    batch: int
+    num_blocks: int
+    in_block: int
+    out_block: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}, {self.num_blocks}, {self.in_block}->{self.out_block}"
+
+
+class Suite(NamedTuple):
+    """Problems, and who computes them.
+
+    Attributes:
+        problems: without repetitions.
+        contestants: names; empty for all.
+        rotate: operands are exchanged for copies from run to run, so that they come from memory, not from the cache.
+    """
+
+    problems: list[Problem]
+    contestants: tuple[str, ...] = ()
+    rotate: bool = True
+
+
+# The problem whose author published timings of one big linear, the loop and the masked dense layer.
+PUBLISHED = Problem(128, 32, 32, 32)
+
+SMALL = [
+    # The points at which the other ways to write the layer were first compared.
+    Problem(128, 32, 32, 32),
+    Problem(2048, 32, 32, 32),
+    Problem(128, 4, 64, 64),
+    Problem(128, 16, 64, 64),
+    Problem(128, 16, 256, 256),
+    Problem(2048, 3, 96, 96),
+    # Tiny blocks and odd ones, that fill neither a vector register nor a tile, and batches of one row.
+    Problem(128, 16, 1, 1),
+    Problem(7, 5, 3, 5),
+    Problem(128, 100, 3, 3),
+    Problem(128, 8, 5, 7),
+    Problem(2048, 10, 7, 3),
+    Problem(1, 16, 8, 8),
+    Problem(128, 10, 10, 10),
+    Problem(7, 13, 13, 17),
+    Problem(128, 32, 16, 16),
+    Problem(2048, 16, 16, 16),
+    Problem(1, 32, 17, 13),
+    Problem(128, 6, 24, 48),
+    Problem(2048, 8, 24, 24),
+    Problem(1, 64, 32, 32),
+    Problem(7, 9, 33, 32),
+    Problem(128, 12, 48, 100),
+    Problem(1, 8, 63, 64),
+    Problem(128, 7, 63, 33),
+    Problem(128, 3, 96, 1),
+    Problem(2048, 5, 100, 10),
+]
+
+QUICK = {
+    "cpu": [
+        Problem(128, 1, 256, 256),
+        Problem(128, 4, 64, 64),
+        Problem(128, 16, 64, 64),
+        Problem(128, 16, 256, 256),
+        Problem(128, 32, 32, 32),
+        Problem(2048, 32, 32, 32),
+    ],
+    "cuda": [
+        Problem(128, 1, 1024, 1024),
+        *(Problem(128, 16, size, size) for size in (64, 256, 1024)),
+        Problem(128, 4, 512, 512),
+        Problem(128, 32, 32, 32),
+        Problem(2048, 32, 32, 32),
+        Problem(2560, 12, 1024, 3072),
+    ],
+}
+
+
+def _partitioned() -> list[Problem]:
+    """Linear layers of these total sizes, cut into blocks."""
+    totals = (256, 1024, 8192)
+    sweep = [
+        Problem(batch, num_blocks, total_in // num_blocks, total_out // num_blocks)
+        for batch, num_blocks, total_in, total_out in product((1, 8, 128, 2048), (8, 32), totals, totals)
+    ]
+    return [PUBLISHED, *(problem for problem in sweep if problem != PUBLISHED)]
+
+
+def make_suites(device: str) -> dict[str, Suite]:
+    """The suites by name, for device "cpu" or "cuda"."""
+    sizes = [64, 128, 256, 512, 1024, *([2048, 4096] if device == "cuda" else [])]
+    # 64 -> 64 features: how the time grows with the blocks and with the batch.
+    scaling = [Problem(128, 2**exponent, 64, 64) for exponent in range(9)]
+    scaling += [Problem(2**exponent, 16, 64, 64) for exponent in range(5, 16) if exponent != 7]
+    return {
+        "quick": Suite(QUICK[device]),
+        "ensemble": Suite([Problem(128, num_blocks, size, size) for num_blocks in (1, 2, 4, 8, 16) for size in sizes]),
+        "partitioned": Suite(_partitioned()),
+        "recommender": Suite([Problem(2560, 12, 1024, 3072)]),
+        "small": Suite(SMALL),
+        # At size 1 nothing but the call itself takes time; dense is F.linear here.
+        "overhead": Suite([Problem(1, 1, 1, 1)], contestants=("ours", "loop", "dense"), rotate=False),
+        "scaling": Suite(scaling, contestants=("ours", "loop", "einsum", "baddbmm", "bmm_out")),
+    }
