@@ -161,3 +161,21 @@ def test_conjugate_and_negative_views(device):
     real = torch.ops.blockdiag.linear(input.conj().imag, weight.real.contiguous(), bias.conj().imag)
     expected = torch.ops.blockdiag.linear(-input.imag, weight.real.contiguous(), -bias.imag)
     torch.testing.assert_close(real, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_long_sums_are_as_precise_as_those_of_torch(rows, device):
+    """The error bound of the other tests allows for one chain of additions; over long sums that is too generous."""
+    length = 100_000
+    long, short = torch.randn(rows, length, device=device), torch.randn(24, length, device=device) / length**0.5
+
+    def error(output):
+        wide = long.double() @ short.double().T
+        return (output.double() - wide).square().mean().sqrt()
+
+    theirs = error(torch.nn.functional.linear(long, short))
+    assert error(blockdiag.linear(long, short.unsqueeze(0))) < 8 * theirs
+    # The same products as a gradient of the weight: sums over the batch.
+    if rows > 1:
+        gradient = torch.ops.blockdiag.linear_weight_grad(long.T.contiguous(), short.T.contiguous(), [1, rows, 24])
+        assert error(gradient[0]) < 8 * theirs

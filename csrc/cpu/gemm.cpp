@@ -34,7 +34,7 @@ struct Choice {
   Kernel<float> float32 = nullptr;
   Kernel<c10::BFloat16> bfloat16 = nullptr;
   Kernel<c10::Half> float16 = nullptr;
-  // Whether torch multiplies the type with instructions that our kernel does not use.
+  // Whether torch multiplies the type with instructions that our kernel does not use. Not where a kernel is asked for.
   bool native_bfloat16 = false, native_float16 = false;
   std::string name; // of the instruction set
 
@@ -61,7 +61,8 @@ struct Choice {
       }
     }
 #endif
-    name = c10::utils::get_env("BLOCKDIAG_CPU_GEMM").value_or(supported.back());
+    const auto asked = c10::utils::get_env("BLOCKDIAG_CPU_GEMM");
+    name = asked.value_or(supported.back());
     TORCH_CHECK(
         std::find(supported.begin(), supported.end(), name) != supported.end(),
         "blockdiag: expected BLOCKDIAG_CPU_GEMM to be one of [",
@@ -76,8 +77,8 @@ struct Choice {
       float32 = kernels.float32;
       bfloat16 = name == "avx512_bf16" ? avx512_bf16_kernel : kernels.bfloat16;
       float16 = kernels.float16;
-      native_bfloat16 = has("amx_bf16");
-      native_float16 = has("avx512_fp16") || has("amx_fp16");
+      native_bfloat16 = !asked && has("amx_bf16");
+      native_float16 = !asked && (has("avx512_fp16") || has("amx_fp16"));
     }
 #endif
   }
@@ -91,7 +92,7 @@ const Choice& choice() {
 // ---- MKL's batched GEMM ------------------------------------------------------------------------------------------------
 //
 // torch's x86 builds carry MKL. Its batched GEMM takes the blocks where they lie, but torch calls it on contiguous batches
-// only, and a link against it would break on torch builds with another BLAS: so it is looked up when we are loaded.
+// only, and a link against it would break on torch builds with another BLAS: so it is looked up when it is first needed.
 
 // cblas_?gemm_batch of https://www.intel.com/content/www/us/en/docs/onemkl/developer-reference-c/2024-2/cblas-gemm-batch.html
 // with the pointers to scalars and matrices untyped.
@@ -279,7 +280,11 @@ void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void
 
 std::string gemm_library() {
   const std::string library = mkl().available() ? "mkl" : "aten";
-  return choice().float32 != nullptr ? choice().name + " and " + library : library;
+  if (choice().float32 == nullptr) {
+    return library;
+  }
+  const bool native = choice().native_bfloat16 || choice().native_float16;
+  return choice().name + (native ? ", aten for large blocks of half types, and " : " and ") + library;
 }
 
 } // namespace blockdiag::cpu

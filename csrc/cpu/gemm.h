@@ -13,7 +13,7 @@ namespace blockdiag::cpu {
 /// C must not overlap A or B, and no size may be 0.
 void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, const void* bias);
 
-/// What computes the GEMMs, chosen when this library is loaded: our own kernels by their instruction set, which compute
+/// What computes the GEMMs, chosen when first asked for: our own kernels by their instruction set, which compute
 /// float32 and half types, and the library that computes the rest.
 std::string gemm_library();
 

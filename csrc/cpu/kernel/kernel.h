@@ -10,7 +10,8 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// How the work is shared out: every tile of the result is one task.
+/// How the work is shared out: every tile of the result is one task. A sum is never split, so results do not depend on the
+/// number of threads; the price is that a single small block occupies a single thread, however long its sums are.
 struct Tiles {
   int64_t rows, cols;
   int64_t row_count, col_count, count;
@@ -36,16 +37,22 @@ struct Tiles {
     }
   }
 
-  /// Calls compute(block, first row, rows, first column, columns) for every tile; many one after another in one thread.
+  /// Calls compute(block, first row, rows, first column, columns) for every tile; many one after another in one thread, if
+  /// they are of fewer products than `min_products`, which are worth waking a thread for.
   template <typename Compute>
-  void for_each(const Gemm& gemm, const Compute& compute) const {
-    constexpr int64_t kMinProducts = 1 << 18; // worth waking a thread for
-    const int64_t grain = std::max<int64_t>(kMinProducts / (rows * cols * gemm.k), 1);
+  void for_each(const Gemm& gemm, int64_t min_products, const Compute& compute) const {
+    // Narrow blocks share cache lines of the activations, so all blocks of some rows come before the next rows, if the right
+    // operands of all of them stay in the L2 cache meanwhile.
+    constexpr int64_t kCached = 1 << 16;
+    const bool blocks_first = gemm.batch * gemm.m * gemm.k <= kCached;
+    const int64_t grain = std::max<int64_t>(min_products / (rows * cols * gemm.k), 1);
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t i = task / col_count % row_count * rows;
+        const int64_t outer = task / col_count;
+        const int64_t block = blocks_first ? outer % gemm.batch : outer / row_count;
+        const int64_t i = (blocks_first ? outer / gemm.batch : outer % row_count) * rows;
         const int64_t j = task % col_count * cols;
-        compute(task / (row_count * col_count), i, std::min(rows, gemm.n - i), j, std::min(cols, gemm.m - j));
+        compute(block, i, std::min(rows, gemm.n - i), j, std::min(cols, gemm.m - j));
       }
     });
   }
@@ -100,19 +107,19 @@ void compute_tile(const Gemm& gemm, const T* left, const T* right, const T* bias
         pack_panel(right_part, gemm.a.ld, gemm.a.transpose, depth, width, panel);
       }
       const auto compute = [&]<typename Out>(Out* to, int64_t to_ld) {
-        const float* init = nullptr;
-        int64_t init_ld = 0;
+        const float* added = nullptr;
+        int64_t added_ld = 0;
         if (p0 > 0) {
           if constexpr (std::is_same_v<Out, float>) {
-            init = to;
-            init_ld = to_ld;
+            added = to;
+            added_ld = to_ld;
           }
         } else if (bias != nullptr) {
-          for (int64_t k = 0; k < width; k += Vector::kLanes) {
-            const auto count = static_cast<int>(std::min<int64_t>(width - k, Vector::kLanes));
-            Vector::store(load_partial(bias + j + k, count), bias_panel + k);
+          for (int64_t col = 0; col < width; col += Vector::kLanes) {
+            const auto count = static_cast<int>(std::min<int64_t>(width - col, Vector::kLanes));
+            Vector::store(load_partial(bias + j + col, count), bias_panel + col);
           }
-          init = bias_panel;
+          added = bias_panel;
         }
         const Strip<Out> strip{
             .left = left_data,
@@ -121,8 +128,8 @@ void compute_tile(const Gemm& gemm, const T* left, const T* right, const T* bias
             .right = right_data,
             .right_ld = right_ld,
             .depth = (depth + kDepth - 1) / kDepth,
-            .init = init,
-            .init_ld = init_ld,
+            .added = added,
+            .added_ld = added_ld,
             .out = to,
             .out_ld = to_ld,
             .last_cols = static_cast<int>(width > Vector::kLanes ? width - Vector::kLanes : width),
@@ -146,9 +153,8 @@ void compute_tile(const Gemm& gemm, const T* left, const T* right, const T* bias
   }
 }
 
-/// C = op(A) op(B) (+ bias, one row of m elements for each block, added to each of C's n columns). In row-major terms, C's
-/// rows are its columns: left = B is n x k, right = A is k x m, and `transpose` says that an operand's depth does not come
-/// in the order in which it is multiplied.
+/// A Kernel. In row-major terms, C's rows are its columns: left = B is n x k, right = A is k x m, and `transpose` says that
+/// an operand's depth does not come in the order in which it is multiplied.
 template <typename T>
 void run(const Gemm& gemm, const T* a, const T* b, T* c, const T* bias) {
   constexpr int64_t kFewRows = 2, kShallow = 4, kWide = 512;
@@ -162,43 +168,39 @@ void run(const Gemm& gemm, const T* a, const T* b, T* c, const T* bias) {
   const auto out_at = [&](int64_t block, int64_t i, int64_t j) {
     return c + block * gemm.c.stride + i * gemm.c.ld + j;
   };
+  const auto few_rows_at = [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+    return FewRows<T>{
+        .left = left_at(block, i),
+        .left_row_stride = gemm.b.transpose ? 1 : gemm.b.ld,
+        .left_depth_stride = gemm.b.transpose ? gemm.b.ld : 1,
+        .right = right_at(block, j),
+        .right_ld = gemm.a.ld,
+        .bias = bias_at(block, j),
+        .out = out_at(block, i, j),
+        .out_ld = gemm.c.ld,
+        .rows = rows,
+        .cols = cols,
+        .depth = gemm.k,
+    };
+  };
   const bool few_rows = gemm.n <= kFewRows;
+  // With few rows the right operand comes from memory for each product: then a thread is worth waking for fewer of them.
+  const int64_t min_products = few_rows ? 1 << 17 : 1 << 18;
   if (few_rows && gemm.a.transpose && !gemm.b.transpose) {
-    Tiles(gemm, kTile, kTile).for_each(gemm, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-      compute_dots(
-          left_at(block, i),
-          gemm.b.ld,
-          right_at(block, j),
-          gemm.a.ld,
-          bias_at(block, j),
-          out_at(block, i, j),
-          gemm.c.ld,
-          rows,
-          cols,
-          gemm.k
-      );
-    });
+    Tiles(gemm, kTile, kTile)
+        .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+          compute_dots(few_rows_at(block, i, rows, j, cols));
+        });
   } else if (!gemm.a.transpose && (few_rows || (gemm.k <= kShallow && gemm.m >= kWide))) {
-    Tiles(gemm, kTile, kLongRow).for_each(gemm, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-      const int64_t row_stride = gemm.b.transpose ? 1 : gemm.b.ld, depth_stride = gemm.b.transpose ? gemm.b.ld : 1;
-      combine_rows(
-          left_at(block, i),
-          row_stride,
-          depth_stride,
-          right_at(block, j),
-          gemm.a.ld,
-          bias_at(block, j),
-          out_at(block, i, j),
-          gemm.c.ld,
-          rows,
-          cols,
-          gemm.k
-      );
-    });
+    Tiles(gemm, kTile, kLongRow)
+        .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+          combine_rows(few_rows_at(block, i, rows, j, cols));
+        });
   } else {
-    Tiles(gemm, kTile, kTile).for_each(gemm, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-      compute_tile(gemm, left_at(block, i), right_at(block, j), bias_at(block, j), out_at(block, i, j), rows, cols);
-    });
+    Tiles(gemm, kTile, kTile)
+        .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+          compute_tile(gemm, left_at(block, i), right_at(block, j), bias_at(block, j), out_at(block, i, j), rows, cols);
+        });
   }
 }
 

@@ -16,7 +16,7 @@ namespace {
 constexpr int kPanelCols = 2 * Vector::kLanes;
 constexpr int64_t kPanelDepth = 256; // in packed elements: a panel stays in the L1 cache
 
-/// A few rows of one panel of the result: out(i, j) = init(i, j) + sum over p < depth of left(i, p) * right(p, j), where
+/// A few rows of one panel of the result: out(i, j) = added(i, j) + sum over p < depth of left(i, p) * right(p, j), where
 /// left and right hold packed elements.
 template <typename Out>
 struct Strip {
@@ -26,8 +26,8 @@ struct Strip {
   const float* right;        // (p, j) at p * right_ld + j
   int64_t right_ld;
   int64_t depth;
-  const float* init; // (i, j) at i * init_ld + j; zeros if null
-  int64_t init_ld;
+  const float* added; // (i, j) at i * added_ld + j; nothing if null
+  int64_t added_ld;
   Out* out; // (i, j) at i * out_ld + j
   int64_t out_ld;
   int last_cols; // in the last vector of each row
@@ -44,11 +44,10 @@ void compute_strip(const Strip<Out>& strip) {
   Vector sums[kRows][kVectors];
   const auto lanes = [&](int v) { return v + 1 < kVectors ? Vector::kLanes : strip.last_cols; };
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
+  for (auto& row : sums) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const float* const init = strip.init + i * strip.init_ld + v * Vector::kLanes;
-      sums[i][v] = strip.init == nullptr ? Vector::zero() : load_partial(init, lanes(v));
+    for (auto& sum : row) {
+      sum = Vector::zero();
     }
   }
   const char* left = strip.left;
@@ -76,6 +75,10 @@ void compute_strip(const Strip<Out>& strip) {
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
+      // Not where the sum starts: over a long depth, sums of sums lose less than one long chain.
+      if (strip.added != nullptr) {
+        sums[i][v] = sums[i][v] + load_partial(strip.added + i * strip.added_ld + v * Vector::kLanes, lanes(v));
+      }
       store_partial(sums[i][v], strip.out + i * strip.out_ld + v * Vector::kLanes, lanes(v));
     }
   }
@@ -96,7 +99,7 @@ void compute_strips(Strip<Out> strip, int64_t rows) {
     const int64_t count = (rows + strips - 1) / strips;
     kFunctions[static_cast<size_t>(count - 1)](strip);
     strip.left += count * strip.left_row_stride;
-    strip.init += strip.init == nullptr ? 0 : count * strip.init_ld;
+    strip.added += strip.added == nullptr ? 0 : count * strip.added_ld;
     strip.out += count * strip.out_ld;
     rows -= count;
   }
@@ -111,13 +114,13 @@ void compute_panel(const Strip<Out>& strip, int64_t rows, int64_t cols, bool lef
   }
 }
 
-/// Packs the depth x cols panel of the right operand, padded with zeros to kPanelCols columns. Element (p, j) of it stands
-/// at p * ld + j, or at p + j * ld if it is transposed.
+/// Packs the depth x cols panel of the right operand, padded with zeros to whole vectors, in rows of kPanelCols. Element
+/// (p, j) of it stands at p * ld + j, or at p + j * ld if it is transposed.
 template <typename T>
 void pack_panel(const T* data, int64_t ld, bool transposed, int64_t depth, int64_t cols, float* panel) {
   constexpr int kDepth = Products<T>::kDepth;
-  for (int64_t j = 0; j < kPanelCols; j += Vector::kLanes) {
-    const auto count = static_cast<int>(std::clamp<int64_t>(cols - j, 0, Vector::kLanes));
+  for (int64_t j = 0; j < cols; j += Vector::kLanes) {
+    const auto count = static_cast<int>(std::min<int64_t>(cols - j, Vector::kLanes));
     if (!transposed) {
       float* to = panel + j;
       for (int64_t p = 0; p < depth; p += kDepth, to += kPanelCols) {

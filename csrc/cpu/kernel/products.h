@@ -32,7 +32,8 @@ struct Products {
 
 #if defined(BLOCKDIAG_AVX512_BF16)
 
-/// Pairs of bfloat16, their products added in float32.
+/// Pairs of bfloat16, their products added in float32. The instruction takes subnormal numbers for zeros, in its operands and
+/// in its sums.
 template <>
 struct Products<c10::BFloat16> {
   static constexpr int kDepth = 2;

@@ -9,104 +9,105 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// out(i, j) = bias(j) + sum over p < depth of left(i, p) * right(j, p), each sum along a vector.
+/// A part of the result, of few rows: out(i, j) = bias(j) + sum over p < depth of left(i, p) * right(p, j).
 template <typename T>
-void compute_dots(
-    const T* left,
-    int64_t left_ld,
-    const T* right,
-    int64_t right_ld,
-    const T* bias,
-    T* out,
-    int64_t out_ld,
-    int64_t rows,
-    int64_t cols,
-    int64_t depth
-) {
+struct FewRows {
+  const T* left; // (i, p) at i * left_row_stride + p * left_depth_stride
+  int64_t left_row_stride;
+  int64_t left_depth_stride;
+  const T* right; // with rows at distance right_ld
+  int64_t right_ld;
+  const T* bias; // none if null
+  T* out;        // (i, j) at i * out_ld + j
+  int64_t out_ld;
+  int64_t rows, cols, depth;
+};
+
+/// For a left operand with left_depth_stride 1, and a right operand that is transposed: (p, j) at p + j * right_ld. Each sum
+/// is taken along a vector.
+template <typename T>
+void compute_dots(const FewRows<T>& part) {
   constexpr int kLanes = Vector::kLanes;
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const auto count = static_cast<int>(std::min<int64_t>(cols - j, kLanes));
+  constexpr int64_t kShort = 64;
+  for (int64_t j = 0; j < part.cols; j += kLanes) {
+    const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, kLanes));
     const T* starts[kLanes]; // of the right operand's rows; beyond the last one, its own again
     for (int r = 0; r < kLanes; ++r) {
-      starts[r] = right + (j + std::min(r, count - 1)) * right_ld;
+      starts[r] = part.right + (j + std::min(r, count - 1)) * part.right_ld;
     }
-    for (int64_t i = 0; i < rows; ++i) {
+    if (part.depth <= kShort) {
+      // So many rows are open at once that the CPU does not foresee the next ones in time.
+      const T* const next = part.right + std::min(j + 4 * kLanes, part.cols - 1) * part.right_ld;
+      for (int r = 0; r < kLanes; ++r) {
+        for (int64_t p = 0; p < part.depth; p += 64 / sizeof(T)) {
+          __builtin_prefetch(next + r * part.right_ld + p);
+        }
+      }
+    }
+    for (int64_t i = 0; i < part.rows; ++i) {
       Vector sums[kLanes];
 #pragma GCC unroll 16
       for (auto& sum : sums) {
         sum = Vector::zero();
       }
       const auto add = [&](int64_t p, int deep) {
-        const auto factor = load_partial(left + i * left_ld + p, deep);
+        const auto factor = load_partial(part.left + i * part.left_row_stride + p, deep);
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; ++r) {
           sums[r] = sums[r].plus_product(factor, load_partial(starts[r] + p, deep));
         }
       };
       int64_t p = 0;
-      for (; p + kLanes <= depth; p += kLanes) {
+      for (; p + kLanes <= part.depth; p += kLanes) {
         add(p, kLanes);
       }
-      if (p < depth) {
-        add(p, static_cast<int>(depth - p));
+      if (p < part.depth) {
+        add(p, static_cast<int>(part.depth - p));
       }
-      transpose(sums);
-      auto total = bias == nullptr ? Vector::zero() : load_partial(bias + j, count);
-#pragma GCC unroll 16
-      for (const auto& sum : sums) {
-        total = total + sum;
+      Vector total = sum_each(sums);
+      if (part.bias != nullptr) {
+        total = total + load_partial(part.bias + j, count);
       }
-      store_partial(total, out + i * out_ld + j, count);
+      store_partial(total, part.out + i * part.out_ld + j, count);
     }
   }
 }
 
 constexpr int64_t kLongRow = 4096;
 
-/// out(i, j) = bias(j) + sum over p < depth of left(i, p) * right(p, j), for at most kLongRow columns. Element (i, p) of the
-/// left operand stands at i * left_row_stride + p * left_depth_stride.
+/// For a right operand that is not transposed, (p, j) at p * right_ld + j, and at most kLongRow columns.
 template <typename T>
-void combine_rows(
-    const T* left,
-    int64_t left_row_stride,
-    int64_t left_depth_stride,
-    const T* right,
-    int64_t right_ld,
-    const T* bias,
-    T* out,
-    int64_t out_ld,
-    int64_t rows,
-    int64_t cols,
-    int64_t depth
-) {
+void combine_rows(const FewRows<T>& part) {
   constexpr int kStreams = 8; // rows of the right operand that are read at once
   float sums[kLongRow];
-  for (int64_t i = 0; i < rows; ++i, left += left_row_stride, out += out_ld) {
-    for (int64_t p0 = 0; p0 < depth; p0 += kStreams) {
+  for (int64_t i = 0; i < part.rows; ++i) {
+    const T* const left = part.left + i * part.left_row_stride;
+    T* const out = part.out + i * part.out_ld;
+    for (int64_t p0 = 0; p0 < part.depth; p0 += kStreams) {
       const auto add = [&]<int kCount>(std::integral_constant<int, kCount> /*rows*/) {
         Vector factors[kCount];
 #pragma GCC unroll 8
         for (int p = 0; p < kCount; ++p) {
-          factors[p] = Vector::broadcast(static_cast<float>(left[(p0 + p) * left_depth_stride]));
+          factors[p] = Vector::broadcast(static_cast<float>(left[(p0 + p) * part.left_depth_stride]));
         }
-        const T* const first = right + p0 * right_ld;
-        for (int64_t j = 0; j < cols; j += Vector::kLanes) {
-          const auto count = static_cast<int>(std::min<int64_t>(cols - j, Vector::kLanes));
-          Vector sum = p0 > 0            ? Vector::load(sums + j)
-                       : bias == nullptr ? Vector::zero()
-                                         : load_partial(bias + j, count);
+        const T* const first = part.right + p0 * part.right_ld;
+        for (int64_t j = 0; j < part.cols; j += Vector::kLanes) {
+          const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, Vector::kLanes));
+          Vector sum = p0 > 0                 ? Vector::load(sums + j)
+                       : part.bias == nullptr ? Vector::zero()
+                                              : load_partial(part.bias + j, count);
 #pragma GCC unroll 8
           for (int p = 0; p < kCount; ++p) {
-            sum = sum.plus_product(factors[p], load_partial(first + p * right_ld + j, count));
+            sum = sum.plus_product(factors[p], load_partial(first + p * part.right_ld + j, count));
           }
-          if (p0 + kCount < depth) {
+          if (p0 + kCount < part.depth) {
             Vector::store(sum, sums + j);
           } else {
             store_partial(sum, out + j, count);
           }
         }
       };
-      switch (std::min<int64_t>(depth - p0, kStreams)) {
+      switch (std::min<int64_t>(part.depth - p0, kStreams)) {
         case 1:
           add(std::integral_constant<int, 1>());
           break;

@@ -44,22 +44,22 @@ struct Vector {
   Vector plus_product(Vector a, Vector b) const {
     return {_mm512_fmadd_ps(a.value, b.value, value)};
   }
-  static Vector load_partial(const float* data, int count) {
+  static Vector load_masked(const float* data, int count) {
     return {_mm512_maskz_loadu_ps(first_lanes(count), data)};
   }
-  static Vector load_partial(const c10::Half* data, int count) {
+  static Vector load_masked(const c10::Half* data, int count) {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), data))};
   }
-  static Vector load_partial(const c10::BFloat16* data, int count) {
+  static Vector load_masked(const c10::BFloat16* data, int count) {
     return from_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(count), data));
   }
-  static void store_partial(Vector vector, float* data, int count) {
+  static void store_masked(Vector vector, float* data, int count) {
     _mm512_mask_storeu_ps(data, first_lanes(count), vector.value);
   }
-  static void store_partial(Vector vector, c10::Half* data, int count) {
+  static void store_masked(Vector vector, c10::Half* data, int count) {
     _mm256_mask_storeu_epi16(data, first_lanes(count), to_half(vector));
   }
-  static void store_partial(Vector vector, c10::BFloat16* data, int count) {
+  static void store_masked(Vector vector, c10::BFloat16* data, int count) {
     _mm256_mask_storeu_epi16(data, first_lanes(count), to_bfloat16(vector));
   }
 
@@ -131,20 +131,20 @@ struct Vector {
   Vector plus_product(Vector a, Vector b) const {
     return {_mm256_fmadd_ps(a.value, b.value, value)};
   }
-  static Vector load_partial(const float* data, int count) {
+  static Vector load_masked(const float* data, int count) {
     return {_mm256_maskload_ps(data, first_lanes(count))};
   }
   template <typename T>
-  static Vector load_partial(const T* data, int count) {
+  static Vector load_masked(const T* data, int count) {
     T lanes[kLanes] = {};
     std::memcpy(lanes, data, static_cast<size_t>(count) * sizeof(T));
     return load(lanes);
   }
-  static void store_partial(Vector vector, float* data, int count) {
+  static void store_masked(Vector vector, float* data, int count) {
     _mm256_maskstore_ps(data, first_lanes(count), vector.value);
   }
   template <typename T>
-  static void store_partial(Vector vector, T* data, int count) {
+  static void store_masked(Vector vector, T* data, int count) {
     T lanes[kLanes];
     store(vector, lanes);
     std::memcpy(data, lanes, static_cast<size_t>(count) * sizeof(T));
@@ -161,43 +161,55 @@ struct Vector {
 /// The first `count` lanes from memory, which holds no more, and zeros.
 template <typename T>
 Vector load_partial(const T* data, int count) {
-  return count == Vector::kLanes ? Vector::load(data) : Vector::load_partial(data, count);
+  return count == Vector::kLanes ? Vector::load(data) : Vector::load_masked(data, count);
 }
 
 /// The first `count` lanes to memory, which has room for no more.
 template <typename T>
 void store_partial(Vector vector, T* data, int count) {
-  count == Vector::kLanes ? Vector::store(vector, data) : Vector::store_partial(vector, data, count);
+  count == Vector::kLanes ? Vector::store(vector, data) : Vector::store_masked(vector, data, count);
 }
 
-template <int... kLane>
-void transpose_lanes(Vector* rows, std::integer_sequence<int, kLane...> /*lanes*/) {
+/// Of two rows of a matrix at distance kWidth, exchanges the off-diagonal quarters of each square of 2 * kWidth.
+template <int kWidth, int... kLane>
+void exchange(Vector& upper, Vector& lower, std::integer_sequence<int, kLane...> /*lanes*/) {
   using Floats = float __attribute__((vector_size(sizeof(Vector))));
   using Ints = int __attribute__((vector_size(sizeof(Vector))));
-  // Exchanges the off-diagonal quarters of each square of 2 * kWidth.
-  const auto exchange = [&]<int kWidth>(std::integral_constant<int, kWidth> /*width*/) {
-    constexpr Ints kUpper = {((kLane & kWidth) != 0 ? Vector::kLanes + kLane - kWidth : kLane)...};
-    constexpr Ints kLower = {((kLane & kWidth) != 0 ? Vector::kLanes + kLane : kLane + kWidth)...};
-#pragma GCC unroll 16
-    for (int i = 0; i < Vector::kLanes; ++i) {
-      if ((i & kWidth) == 0) {
-        const auto upper = (Floats)rows[i].value, lower = (Floats)rows[i + kWidth].value;
-        rows[i].value = (decltype(Vector::value))__builtin_shuffle(upper, lower, kUpper);
-        rows[i + kWidth].value = (decltype(Vector::value))__builtin_shuffle(upper, lower, kLower);
-      }
-    }
-  };
-  exchange(std::integral_constant<int, 1>());
-  exchange(std::integral_constant<int, 2>());
-  exchange(std::integral_constant<int, 4>());
-  if constexpr (Vector::kLanes == 16) {
-    exchange(std::integral_constant<int, 8>());
-  }
+  constexpr Ints kUpper = {((kLane & kWidth) != 0 ? Vector::kLanes + kLane - kWidth : kLane)...};
+  constexpr Ints kLower = {((kLane & kWidth) != 0 ? Vector::kLanes + kLane : kLane + kWidth)...};
+  const auto first = (Floats)upper.value, second = (Floats)lower.value;
+  upper.value = (decltype(Vector::value))__builtin_shuffle(first, second, kUpper);
+  lower.value = (decltype(Vector::value))__builtin_shuffle(first, second, kLower);
 }
 
 /// Transposes kLanes vectors.
-inline void transpose(Vector* rows) {
-  transpose_lanes(rows, std::make_integer_sequence<int, Vector::kLanes>());
+template <int kWidth = 1>
+void transpose(Vector* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Vector::kLanes; ++i) {
+    if ((i & kWidth) == 0) {
+      exchange<kWidth>(rows[i], rows[i + kWidth], std::make_integer_sequence<int, Vector::kLanes>());
+    }
+  }
+  if constexpr (2 * kWidth < Vector::kLanes) {
+    transpose<2 * kWidth>(rows);
+  }
+}
+
+/// The sum of each of kLanes vectors, in its lane of the result: what adding up the rows of their transpose gives, adding as
+/// soon as two can be added. Overwrites the vectors.
+template <int kWidth = 1>
+Vector sum_each(Vector* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Vector::kLanes; i += 2 * kWidth) {
+    exchange<kWidth>(rows[i], rows[i + kWidth], std::make_integer_sequence<int, Vector::kLanes>());
+    rows[i] = rows[i] + rows[i + kWidth];
+  }
+  if constexpr (2 * kWidth < Vector::kLanes) {
+    return sum_each<2 * kWidth>(rows);
+  } else {
+    return rows[0];
+  }
 }
 
 } // namespace
