@@ -43,7 +43,9 @@ def report() -> dict[str, str]:
         "BLOCKDIAG_CPU_GEMM",
         "CUBLAS_WORKSPACE_CONFIG",
         "CUDA_VISIBLE_DEVICES",
+        "MKL_ENABLE_INSTRUCTIONS",
         "NVIDIA_TF32_OVERRIDE",
+        "ONEDNN_MAX_CPU_ISA",
     )
     for name in variables:
         if name in os.environ:

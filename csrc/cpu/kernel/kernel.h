@@ -189,7 +189,8 @@ void run(const Gemm& gemm, const T* a, const T* b, T* c, const T* bias) {
   if (few_rows && gemm.a.transpose && !gemm.b.transpose) {
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-          compute_dots(few_rows_at(block, i, rows, j, cols));
+          const auto part = few_rows_at(block, i, rows, j, cols);
+          gemm.k <= kTile ? compute_dots<true>(part) : compute_dots<false>(part);
         });
   } else if (!gemm.a.transpose && (few_rows || (gemm.k <= kShallow && gemm.m >= kWide))) {
     Tiles(gemm, kTile, kLongRow)

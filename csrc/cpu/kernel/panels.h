@@ -115,7 +115,8 @@ void compute_panel(const Strip<Out>& strip, int64_t rows, int64_t cols, bool lef
 }
 
 /// Packs the depth x cols panel of the right operand, padded with zeros to whole vectors, in rows of kPanelCols. Element
-/// (p, j) of it stands at p * ld + j, or at p + j * ld if it is transposed.
+/// (p, j) of it stands at p * ld + j, or at p + j * ld if it is transposed. Asks for the next panel, which lies across so many
+/// rows that the CPU does not foresee it.
 template <typename T>
 void pack_panel(const T* data, int64_t ld, bool transposed, int64_t depth, int64_t cols, float* panel) {
   constexpr int kDepth = Products<T>::kDepth;
@@ -126,6 +127,7 @@ void pack_panel(const T* data, int64_t ld, bool transposed, int64_t depth, int64
       for (int64_t p = 0; p < depth; p += kDepth, to += kPanelCols) {
         const auto rows = static_cast<int>(std::min<int64_t>(depth - p, kDepth));
         Vector::store(Products<T>::pack_across_depth(data + p * ld + j, ld, rows, count), to);
+        __builtin_prefetch(data + p * ld + j + kPanelCols);
       }
       continue;
     }
@@ -136,6 +138,7 @@ void pack_panel(const T* data, int64_t ld, bool transposed, int64_t depth, int64
 #pragma GCC unroll 16
       for (int i = 0; i < Vector::kLanes; ++i) {
         rows[i] = i < count ? Products<T>::pack_along_depth(data + (j + i) * ld + p, deep) : Vector::zero();
+        __builtin_prefetch(data + (j + i + Vector::kLanes) * ld + p);
       }
       transpose(rows);
 #pragma GCC unroll 16

@@ -25,24 +25,16 @@ struct FewRows {
 
 /// For a left operand with left_depth_stride 1, and a right operand that is transposed: (p, j) at p + j * right_ld. Each sum
 /// is taken along a vector.
-template <typename T>
+template <bool kShortRows, typename T>
 void compute_dots(const FewRows<T>& part) {
   constexpr int kLanes = Vector::kLanes;
-  constexpr int64_t kShort = 64;
+  // So many rows are open at once that the CPU does not foresee the next ones: short ones are asked for some 64 steps ahead.
+  const int64_t ahead = kLanes * std::max<int64_t>(64 / part.depth, 1) * part.right_ld;
   for (int64_t j = 0; j < part.cols; j += kLanes) {
     const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, kLanes));
     const T* starts[kLanes]; // of the right operand's rows; beyond the last one, its own again
     for (int r = 0; r < kLanes; ++r) {
       starts[r] = part.right + (j + std::min(r, count - 1)) * part.right_ld;
-    }
-    if (part.depth <= kShort) {
-      // So many rows are open at once that the CPU does not foresee the next ones in time.
-      const T* const next = part.right + std::min(j + 4 * kLanes, part.cols - 1) * part.right_ld;
-      for (int r = 0; r < kLanes; ++r) {
-        for (int64_t p = 0; p < part.depth; p += 64 / sizeof(T)) {
-          __builtin_prefetch(next + r * part.right_ld + p);
-        }
-      }
     }
     for (int64_t i = 0; i < part.rows; ++i) {
       Vector sums[kLanes];
@@ -55,6 +47,9 @@ void compute_dots(const FewRows<T>& part) {
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; ++r) {
           sums[r] = sums[r].plus_product(factor, load_partial(starts[r] + p, deep));
+          if constexpr (kShortRows) {
+            __builtin_prefetch(starts[r] + ahead + p, 0, 2);
+          }
         }
       };
       int64_t p = 0;
