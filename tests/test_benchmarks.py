@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import blockdiag
 import reference
 from benchmarks import __main__ as command
 from benchmarks import compare, report, runs, timing
@@ -97,12 +98,12 @@ def test_measure(backward, precision, device):
 
 
 def off_by_a_little(weight, bias):
-    return lambda x, weight, bias: CONTESTANTS["ours"](weight, bias)[0](x, weight, bias * 1.001), [weight, bias]
+    return lambda x, weight, bias: blockdiag.linear(x, weight, bias * 1.001), [weight, bias]
 
 
 def without_bias_gradient(weight, bias):
     def forward(x, weight, bias):
-        return CONTESTANTS["ours"](weight, bias)[0](x, weight, bias.detach()) + 0 * bias
+        return blockdiag.linear(x, weight, bias.detach()) + 0 * bias
 
     return forward, [weight, bias]
 
@@ -118,8 +119,13 @@ def without_bias_gradient(weight, bias):
 )
 def test_wrong_contestants_are_not_timed(wrong, backward, message, monkeypatch):
     monkeypatch.setitem(CONTESTANTS, "wrong", wrong)
-    with pytest.raises(AssertionError, match=message):
-        measure(["ours", "wrong"], PROBLEM, PRECISIONS["float32"], CPU, backward=backward, rounds=1)
+    measured = measure(["loop", "wrong"], PROBLEM, PRECISIONS["float32"], CPU, backward=backward, rounds=1)
+    assert measured["loop"].keys() == {"times_us", "peak_bytes"}
+    assert measured["wrong"].keys() == {"skipped"}
+    assert re.search(message, measured["wrong"]["skipped"])
+    monkeypatch.setitem(CONTESTANTS, "ours", wrong)
+    with pytest.raises(AssertionError, match=message.replace("wrong is", "ours is")):
+        measure(["ours"], PROBLEM, PRECISIONS["float32"], CPU, backward=backward, rounds=1)
 
 
 def test_failures_of_ours_are_not_skipped(monkeypatch):
