@@ -56,7 +56,7 @@ def _plain(value: float, _position: int | None = None) -> str:
 
 
 def _log2_ticks(axis) -> None:
-    axis.set_major_locator(LogLocator(base=2, numticks=8))
+    axis.set_major_locator(LogLocator(base=2, numticks=6))
     axis.set_major_formatter(FuncFormatter(_plain))
     axis.set_minor_locator(NullLocator())
 
@@ -126,7 +126,7 @@ def plot_sizes(cases: list[Case], metric: str, title: str, path: Path, panel: st
         row[0].set_ylabel(which, fontsize=9)
     for column, axes in zip(columns, grid[0], strict=True):
         axes.set_title(f"{panel_label} = {column}", fontsize=9)
-    figure.supxlabel("block size", fontsize=9)
+    grid[-1][len(columns) // 2].set_xlabel("block size", fontsize=9)
     return _finish(figure, f"{title}: {label}", names, path)
 
 
