@@ -38,7 +38,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> blockdiag.linear(x, w, b).shape
         torch.Size([128, 128])
     """
-    if not torch.jit.is_scripting() and input.is_nested and input.layout == torch.jagged:
+    # What torch.fx traces with is no Tensor, and cannot be asked whether it is nested.
+    if not torch.jit.is_scripting() and isinstance(input, Tensor) and input.is_nested and input.layout == torch.jagged:
         jagged: Any = input  # has methods that Tensor's type does not tell of
         values = torch.ops.blockdiag.linear(jagged.values(), weight, bias)
         return torch.nested.nested_tensor_from_jagged(values, jagged.offsets(), jagged.lengths())
