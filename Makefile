@@ -8,10 +8,16 @@ BIN := $(VENV)/bin
 CMAKE_BUILD := build/cmake
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-python test-cpp lint format report clean
+.PHONY: demo deploy test test-python test-cpp lint format report clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/packed_ensemble_digits.py
+
+demo-output/packed_ensemble.pt:
+	$(MAKE) demo
+
+deploy: demo-output/packed_ensemble.pt test-cpp
+	$(BIN)/python examples/deploy_packed_ensemble.py --server $(CMAKE_BUILD)/serve/serve
 
 test: test-python test-cpp
 
@@ -20,6 +26,7 @@ test-python: $(VENV)/built
 
 test-cpp: $(VENV)/built
 	$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DBLOCKDIAG_PYTHON=$(abspath $(BIN))/python \
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" $(CMAKE_ARGS)
 	$(BIN)/cmake --build $(CMAKE_BUILD)
 	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure

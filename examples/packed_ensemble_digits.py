@@ -66,6 +66,16 @@ class LoopEnsemble(nn.Module):
         return torch.stack([network(x) for network, x in zip(self.networks, images.unbind(1), strict=True)], dim=1)
 
 
+def load_data(seed: int) -> list[Tensor]:
+    """Train images (samples, PIXELS) of 0 to 1, test images, train labels (samples,), test labels."""
+    images, labels = load_digits(return_X_y=True)
+    split = train_test_split(images / 16, labels, test_size=0.25, stratify=labels, random_state=seed)
+    return [
+        torch.tensor(part, dtype=dtype)
+        for part, dtype in zip(split, 2 * [torch.float32] + 2 * [torch.long], strict=True)
+    ]
+
+
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum of the members' losses: each member gets the gradient that it would get alone."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
@@ -171,7 +181,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument(
-        "--output", type=Path, default=Path("demo-output/packed_ensemble.png"), help="the plot (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("demo-output/packed_ensemble.png"),
+        help="the plot; the trained ensemble goes next to it, as .pt (default: %(default)s)",
     )
     arguments = parser.parse_args()
     for name in ("members", "hidden", "epochs", "batch_size"):
@@ -184,10 +197,7 @@ def main() -> int:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images / 16, labels, test_size=0.25, stratify=labels, random_state=arguments.seed)
-    train_images, test_images = (torch.tensor(part, dtype=torch.float32, device=device) for part in split[:2])
-    train_labels, test_labels = (torch.tensor(part, device=device) for part in split[2:])
+    train_images, test_images, train_labels, test_labels = (part.to(device) for part in load_data(arguments.seed))
     print(
         f"{len(train_labels)} digits to train on, {len(test_labels)} to test on, {arguments.members} members, {device}"
     )
@@ -237,6 +247,9 @@ def main() -> int:
     subtitle = f"{arguments.members} classifiers as one packed network, on {device}"
     plot(arguments.output, ensemble, labels, packed, loop, subtitle)
     print(f"Plot: {arguments.output}")
+    settings = {name: getattr(arguments, name) for name in ("members", "hidden", "seed")}
+    torch.save({**settings, "state_dict": packed_model.state_dict()}, arguments.output.with_suffix(".pt"))
+    print(f"Trained ensemble: {arguments.output.with_suffix('.pt')}")
 
     accuracy = rows[-1][1][0]
     if accuracy < REQUIRED_ACCURACY or accuracy <= average[0]:
