@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/distributed_ensemble.py
 
 Every layer is a BlockDiagLinear whose blocks are spread over the processes (BlockParallel), so each process trains its
-share of the members: nothing is exchanged until the members vote. A run that finds a checkpoint goes on from it, with as
-many processes as it then has. Uses one GPU for each process if there are that many, and CPUs otherwise.
+share of the members: nothing is exchanged until the members vote. A run that finds a checkpoint goes on from it, with
+as many processes as it then has. Uses one GPU for each process if there are that many, and CPUs otherwise.
 """
 
 import argparse

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from torch._inductor import metrics
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import blockdiag
@@ -82,6 +84,58 @@ def test_compile_one_graph_for_all_batch_sizes(backend, device):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes(mode, device):
+    """Trains as without torch.compile, step by step, and infers in inference mode."""
+    torch._dynamo.reset()
+    net, expected = Net(device), Net(device)
+    expected.load_state_dict(net.state_dict())
+    compiled = torch.compile(net, mode=mode, fullgraph=True)
+    x = torch.randn(8, 12, device=device)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (net, expected)]
+    for _ in range(4):  # CUDA graphs are recorded in the second call, and replayed from the third
+        for model, optimizer in zip((compiled, expected), optimizers, strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(net.state_dict(), expected.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), expected(x))
+
+
+def test_neighbours_are_fused(device):
+    """The pointwise functions before the op are one kernel, those after it another."""
+    torch._dynamo.reset()
+    metrics.reset()
+    layer = blockdiag.BlockDiagLinear(12, 24, 3, device=device)
+    with torch.no_grad():
+        x = torch.randn(8, 12, device=device)
+        actual = torch.compile(lambda x: (layer(x.sin() * 2).relu() + 1).exp(), fullgraph=True)(x)
+        torch.testing.assert_close(actual, (layer(x.sin() * 2).relu() + 1).exp())
+    assert metrics.generated_kernel_count == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_compiled_checkpointing_with_autocast(use_reentrant, device):
+    torch._dynamo.reset()
+    net = Net(device)
+
+    def step(x):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=use_reentrant)
+
+    x = torch.randn(8, 12, device=device, requires_grad=True)
+    wanted = (x, *net.parameters())
+    results = []
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        function(x).square().sum().backward()
+        results.append([tensor.grad for tensor in wanted])
+        for tensor in wanted:
+            tensor.grad = None
+    torch.testing.assert_close(*results)
+
+
 def test_compile_default_settings_with_autocast(device):
     torch._dynamo.reset()
     net = Net(device)
@@ -149,3 +203,6 @@ def test_export():
     program = torch.export.export(net, (torch.randn(4, 12),), dynamic_shapes=({0: batch},))
     x = torch.randn(9, 12)
     torch.testing.assert_close(program.module()(x), net(x))
+    decomposed = program.run_decompositions()  # has nothing to take the op apart into
+    torch.testing.assert_close(decomposed.module()(x), net(x))
+    assert OPS.linear.default in {node.target for node in decomposed.graph.nodes}

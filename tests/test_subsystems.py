@@ -59,10 +59,38 @@ def test_jagged_inputs(layer, device):
     torch.testing.assert_close(nested.grad.values(), expected)
 
 
-@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn], ids=["sparse", "mkldnn"])
-def test_other_layouts_are_refused(convert, layer):
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="blockdiag::linear"):
-        layer.cpu()(convert(torch.randn(5, 12)))
+@pytest.mark.parametrize(
+    ("convert", "way_round"),
+    [
+        (torch.Tensor.to_sparse, "to_dense"),
+        (torch.Tensor.to_sparse_csr, "to_dense"),
+        (torch.Tensor.to_mkldnn, "to_dense"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "dequantize"),
+        (lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.strided), "torch.jagged"),
+    ],
+    ids=["sparse", "csr", "mkldnn", "quantized", "nested"],
+)
+def test_other_layouts_are_refused(convert, way_round):
+    layer, x = BlockDiagLinear(12, 20, 4), torch.randn(5, 12)
+    for requires_grad in (False, True):
+        layer.requires_grad_(requires_grad)
+        with pytest.raises(NotImplementedError, match=f"blockdiag::linear: expected dense strided.*{way_round}"):
+            layer(convert(x))
+    with pytest.raises(NotImplementedError, match="to_dense"):
+        torch.ops.blockdiag.linear(x, layer.weight.detach().to_sparse())
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_matmul_precision(precision):
+    """On a CPU float32 is multiplied as float32, whatever torch.set_float32_matmul_precision allows."""
+    layer, x = BlockDiagLinear(4 * 256, 4 * 256, 4), torch.randn(64, 4 * 256)
+    expected = layer.double()(x.double()).float()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        torch.testing.assert_close(layer.float()(x), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_torchscript(layer, x):
@@ -109,3 +137,36 @@ def test_grad_scaler_skips_an_overflowing_step(layer, x, device):
         scaler.step(optimizer)
         scaler.update()
         assert torch.equal(layer.weight, before) != moves
+
+
+class Tagged(torch.Tensor):
+    """A subclass that keeps its type through every function, as torch.Tensor's default does."""
+
+
+def test_modes_and_subclasses(layer, x):
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    op, seen = torch.ops.blockdiag.linear, []
+
+    class FunctionMode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class DispatchMode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    expected = layer(x)
+    with FunctionMode():
+        torch.testing.assert_close(layer(x), expected)
+    assert op in seen
+    with DispatchMode():
+        layer(x).sum().backward()
+    backward = [torch.ops.blockdiag.linear_input_grad.default, torch.ops.blockdiag.linear_weight_grad.default]
+    assert {op.default, *backward} <= set(seen)
+    output = layer(x.detach().as_subclass(Tagged))
+    assert type(output) is Tagged
+    torch.testing.assert_close(output.as_subclass(torch.Tensor), expected)
