@@ -76,6 +76,44 @@ def assert_same_parameters(model: nn.Module, expected: nn.Module) -> None:
         torch.testing.assert_close(full(actual).detach(), wanted.detach(), rtol=1e-4, atol=1e-5)
 
 
+def check_conversion_under_ddp(method: str) -> None:
+    """Each process calibrates on its own inputs; what comes out is one model, that of all inputs, and trains on."""
+    dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)).double()
+    x = torch.randn(400, 16, dtype=torch.float64).cumsum(-1)
+    arguments = {"max_error": 0.3, "min_features": 0, "progress": False, "method": method}
+    if method == "monarch":
+        arguments["num_blocks"] = 2
+
+    model = DistributedDataParallel(dense)
+    part = x.chunk(dist.get_world_size())[dist.get_rank()]
+    optimizer = torch.optim.Adam(model.parameters())
+    model(part).square().mean().backward()
+    optimizer.step()
+    alone, expected = blockdiag.factorize(dense, calibration=[x], **arguments)
+    converted, report = blockdiag.factorize(model, calibration=[part], optimizers=optimizer, inplace=True, **arguments)
+    assert isinstance(converted, DistributedDataParallel)
+    assert converted.module is dense
+    assert [layer.after for layer in report.layers] == [layer.after for layer in expected.layers]
+    for mine, wanted in zip(report.layers, expected.layers, strict=True):
+        assert abs(mine.error - wanted.error) < 1e-9
+    torch.testing.assert_close(converted(x), alone(x))
+    for _ in range(3):
+        optimizer.zero_grad()
+        converted(part).square().mean().backward()
+        optimizer.step()
+    for parameter in converted.parameters():
+        others = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, parameter.detach())
+        for other in others:
+            torch.testing.assert_close(other, parameter.detach(), rtol=0, atol=0)
+    assert set(optimizer.state) == set(converted.parameters())
+
+
+@pytest.mark.parametrize("method", ["low_rank", "monarch"])
+def test_conversion_under_ddp(method, tmp_path):
+    run(check_conversion_under_ddp, 2, tmp_path, method)
+
+
 def check_sharding_rules(num_blocks: int) -> None:
     """Values and gradients for all placements of input and parameters; no communication where none is needed."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

@@ -1,0 +1,21 @@
+"""From dense models to block-diagonal and factorised ones, and back."""
+
+from blockdiag.conversion.convert import Conversion
+from blockdiag.conversion.factorize import factorize, lower_rank
+from blockdiag.conversion.replace import replace_linear
+from blockdiag.conversion.report import ConversionReport, Cost, LayerReport, Step
+from blockdiag.conversion.stack import StackedModel, stack_linears, stack_models
+
+__all__ = [
+    "Conversion",
+    "ConversionReport",
+    "Cost",
+    "LayerReport",
+    "StackedModel",
+    "Step",
+    "factorize",
+    "lower_rank",
+    "replace_linear",
+    "stack_linears",
+    "stack_models",
+]

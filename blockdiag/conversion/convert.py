@@ -1,0 +1,156 @@
+"""What all conversions share: select, calibrate, build everything beside the model, measure, and only then replace."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import all_reduce
+from torch.optim import Optimizer
+
+from blockdiag.conversion.moments import Calibration, Moments, add_moments, collect_moments
+from blockdiag.conversion.progress import track
+from blockdiag.conversion.report import ConversionReport, LayerReport, Step, cost, describe, measure_pair
+from blockdiag.conversion.select import Selected, attention_projections
+from blockdiag.conversion.surgery import Replacement, as_optimizers, commit, rewrap, unwrap
+
+
+class Conversion(NamedTuple):
+    """The model after a conversion, and the report on it."""
+
+    model: nn.Module
+    report: ConversionReport
+
+
+class Change(NamedTuple):
+    """What is to become of one layer; the steps of its projection with their errors."""
+
+    replacement: Replacement
+    steps: list[Step]
+
+
+# From layers that share a weight, and the moments of each where known, to their changes; or why there is none.
+Build = Callable[[Selected, Mapping[nn.Module, Moments]], list[Change] | str]
+# From the selected layers and all moments to the function that builds one after the other.
+Prepare = Callable[[list[Selected], Mapping[nn.Module, Moments]], Build]
+
+
+def fill(parameter: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def merged(selected: Selected, moments: Mapping[nn.Module, Moments]) -> Moments | None:
+    """The moments of all layers that share a weight, together; None if one of them is not known."""
+    known = [moments[layer] for layer in selected.layers if layer in moments]
+    if len(known) < len(selected.layers):
+        return None
+    return add_moments(known)
+
+
+def _collect(
+    model: nn.Module, wrapper: nn.Module, chosen: list[Selected], calibration: Calibration | None, progress: bool
+) -> tuple[Mapping[nn.Module, Moments], Mapping[nn.Module, tuple[int, ...]]]:
+    if calibration is None:
+        return {}, {}
+    layers = {names[0]: layer for s in chosen for layer, names in zip(s.layers, s.names, strict=True)}
+    moments, shapes = collect_moments(model, layers, calibration, progress)
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):  # each process saw its own inputs
+        for name, layer in layers.items():
+            if layer not in moments:
+                raise ValueError(f"the calibration inputs never reached '{name}' in every process")
+            num_rows = torch.tensor(moments[layer].num_rows, device=moments[layer].total.device)
+            for tensor in (num_rows, moments[layer].total, moments[layer].outer):
+                all_reduce(tensor, group=wrapper.process_group)
+            moments[layer] = moments[layer]._replace(num_rows=int(num_rows))
+    read = attention_projections(model)
+    for name, layer in layers.items():
+        if layer not in moments and layer not in read:
+            raise ValueError(f"the calibration inputs never reached '{name}': leave it out, or give inputs that do")
+        if layer in moments and moments[layer].num_rows < moments[layer].total.shape[-1]:
+            warnings.warn(
+                f"'{name}' has {moments[layer].total.shape[-1]} inputs, but was calibrated on only "
+                f"{moments[layer].num_rows} rows: it will fit these better than others",
+                stacklevel=4,
+            )
+    return moments, {layer: tuple(shape) for layer, shape in shapes.items()}
+
+
+def convert(
+    model: nn.Module,
+    select: Callable[[nn.Module], tuple[list[Selected], dict[str, str]]],
+    prepare: Prepare,
+    *,
+    finish: Callable[[nn.Module, list[Change]], list[Replacement]] | None = None,
+    calibration: Calibration | None,
+    optimizers: Optimizer | Iterable[Optimizer],
+    inplace: bool,
+    dry_run: bool,
+    measure: int | None,
+    progress: bool,
+) -> Conversion:
+    """Converts a model: nothing in it or its optimizers changes before everything else is done.
+
+    ``finish`` sees all changes before they are made, and returns more replacements, of layers beside them.
+    """
+    bound = as_optimizers(optimizers)
+    if bound and not inplace:
+        raise ValueError("optimizers hold the parameters of the model itself, not of a copy: pass inplace=True")
+    held = {parameter for optimizer in bound for group in optimizer.param_groups for parameter in group["params"]}
+    if bound and not held & set(model.parameters()):
+        raise ValueError("the optimizers hold no parameter of the model")
+    wrapper, bare = model, unwrap(model)
+    chosen, skipped = select(bare)  # before the copy, which takes time: bad input is reported at once
+    if not inplace and not dry_run:
+        bare = copy.deepcopy(bare)
+        chosen, skipped = select(bare)
+    for selected in chosen:
+        if "" in (name for names in selected.names for name in names):
+            raise ValueError("the model is itself the layer to convert: put it into an nn.Sequential")
+
+    moments, shapes = _collect(bare, wrapper, chosen, calibration, progress)
+    report = ConversionReport(skipped=skipped)
+    changes: list[Change] = []
+    build = prepare(chosen, moments)
+    for selected in track(chosen, "projecting", progress):
+        built = build(selected, moments)
+        if isinstance(built, str):
+            report.skipped.update({name: built for names in selected.names for name in names})
+        else:
+            changes += built
+    beside = finish(bare, changes) if finish is not None else []
+    for change in track(changes, "measuring", progress and measure is not None):
+        report.layers.append(_report_on(change, moments, shapes, measure))
+    if not changes:
+        warnings.warn(f"nothing was converted: {report.skipped}", stacklevel=3)
+
+    if dry_run or not changes:
+        return Conversion(model, report)
+    commit(bare, [change.replacement for change in changes] + beside, bound)
+    return Conversion(rewrap(wrapper, bare), report)
+
+
+def _report_on(
+    change: Change,
+    moments: Mapping[nn.Module, Moments],
+    shapes: Mapping[nn.Module, tuple[int, ...]],
+    measure: int | None,
+) -> LayerReport:
+    old, new = change.replacement.old, change.replacement.new
+    before = after = None
+    shape = shapes.get(old)
+    if shape is None and hasattr(old, "in_features"):
+        shape = (measure or 0, old.in_features)  # type: ignore[assignment]
+    if measure is not None and shape is not None:
+        before, after = measure_pair(old, new, shape)
+    return LayerReport(
+        name=change.replacement.names[0],
+        before=describe(old),
+        after=describe(new),
+        cost_before=cost(old, before),
+        cost_after=cost(new, after),
+        steps=change.steps,
+        calibrated=old in moments,
+    )

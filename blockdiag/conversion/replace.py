@@ -1,0 +1,221 @@
+"""Dense linear layers become block-diagonal ones."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from blockdiag.conversion import projection
+from blockdiag.conversion.convert import Change, Conversion, convert, fill, merged
+from blockdiag.conversion.folding import fold_permutations, unless_identity, without_permutations
+from blockdiag.conversion.moments import Calibration, Moments, exact
+from blockdiag.conversion.report import Step
+from blockdiag.conversion.select import LINEARS, Policy, Selected, attention_projections, select
+from blockdiag.conversion.surgery import Heir, Replacement
+from blockdiag.factors import PermutedBlockDiagLinear
+
+
+def replace_linear(
+    model: nn.Module,
+    policy: Policy = "*",
+    *,
+    num_blocks: int | None = None,
+    parameter_budget: float | None = None,
+    min_features: int = 0,
+    permute: bool = False,
+    calibration: Calibration | None = None,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    inplace: bool = False,
+    dry_run: bool = False,
+    measure: int | None = None,
+    progress: bool = True,
+) -> Conversion:
+    r"""Replaces :class:`torch.nn.Linear` layers of a model by block-diagonal ones, and reports what that costs.
+
+    A dense weight seldom is block diagonal as it stands, so the replacement is brought closer to it in up to three
+    steps, each reported with its error: the diagonal blocks are kept; with ``permute``, inputs and outputs are first
+    assigned to blocks such that most of the weight's energy, or with ``calibration`` of its products with the inputs'
+    variances, falls on the blocks; with ``calibration``, blocks and bias are refitted to the dense layer's outputs by
+    least squares. A step that does not help is not taken. Whether the model still works must be measured, and most need
+    training afterwards.
+
+    Permutations are folded into neighbours where the model's structure tells that it changes nothing: between linear
+    layers of one :class:`torch.nn.Sequential` with elementwise activations between them. Features between such layers
+    come in another order.
+
+    Everything is built beside the model; it and its optimizers change at the end, all or nothing. Module hooks,
+    training mode, ``requires_grad``, dtype and device carry over, shared layers and shared weights stay shared.
+
+    Args:
+        model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped anew: use what is returned.
+        policy: which layers: a glob on names (``"encoder.*.linear1"``), a compiled regular expression, a list of these,
+            a mapping of these to numbers of blocks, or a function of name and layer that returns whether to replace it,
+            or its number of blocks.
+        num_blocks: number of blocks where the policy gives none.
+        parameter_budget: instead of ``num_blocks``, the fraction of each dense weight's parameters that may be kept;
+            the smallest number of blocks within it that divides the layer's sizes is taken.
+        min_features: leaves layers with fewer input or output features alone.
+        permute: whether to look for permutations. Needs scipy and scikit-learn.
+        calibration: batches of the model's inputs, or a function that runs the model on some. A batch is a tensor, a
+            tuple or list of positional arguments, or a mapping of keyword arguments. Several times as many rows as
+            features are advisable. The model runs in eval mode and without gradients.
+        optimizers: optimizers of the model, rebound to the new parameters, with what state maps to them: that of the
+            kept entries of weight and bias, Adam's moments included. Needs ``inplace``.
+        inplace: whether to change the model itself. Default: a copy.
+        dry_run: whether to change nothing and only report.
+        measure: rows of input to time each layer on before and after, or with ``calibration``, anything: the shape seen
+            there is taken. Default: no timing.
+        progress: whether to show progress bars (by tqdm, where installed).
+
+    Returns:
+        ``(model, report)``.
+
+    Raises:
+        ValueError: the policy matches nothing, sizes are not divisible, a layer is lazy, quantized, parametrized, on
+            the meta device, not finite or shares parameters with what stays, or calibration inputs do not fit.
+    """
+    if (num_blocks is None) == (parameter_budget is None) and not (num_blocks is None and not isinstance(policy, str)):
+        raise ValueError("expected either num_blocks or parameter_budget, or a policy that gives numbers of blocks")
+    if parameter_budget is not None and not 0 < parameter_budget <= 1:
+        raise ValueError(f"expected parameter_budget to be a fraction of 0 to 1, but got {parameter_budget}")
+
+    def choose(model: nn.Module) -> tuple[list[Selected], dict[str, str]]:
+        chosen, skipped = select(model, policy, LINEARS)
+        read = attention_projections(model)
+        kept = []
+        for selected in chosen:
+            reason = None
+            if read & set(selected.layers):
+                reason = "torch.nn.MultiheadAttention reads its weight and would multiply it densely"
+            elif min(selected.layer.in_features, selected.layer.out_features) < min_features:
+                reason = f"fewer than {min_features} features"
+            if reason:
+                skipped.update({name: reason for names in selected.names for name in names})
+                continue
+            selected.setting = _blocks_of(selected, num_blocks, parameter_budget)
+            kept.append(selected)
+        if not kept:
+            raise ValueError(f"the policy matches no layer that could be converted: {skipped}")
+        return kept, skipped
+
+    def build(selected: Selected, moments: Mapping[nn.Module, Moments]) -> list[Change]:
+        return _replace(selected, moments, permute)
+
+    def finish(model: nn.Module, changes: list[Change]) -> list[Replacement]:
+        beside = fold_permutations(model, changes)
+        without_permutations(changes)
+        return beside
+
+    return convert(
+        model,
+        choose,
+        lambda chosen, moments: build,
+        finish=finish,
+        calibration=calibration,
+        optimizers=optimizers,
+        inplace=inplace,
+        dry_run=dry_run,
+        measure=measure,
+        progress=progress,
+    )
+
+
+def _blocks_of(selected: Selected, num_blocks: int | None, parameter_budget: float | None) -> int:
+    layer, name = selected.layer, selected.name
+    sizes = f"in_features={layer.in_features}, out_features={layer.out_features}"
+    blocks = selected.setting if selected.setting is not None else num_blocks
+    if blocks is not None:
+        if blocks < 1 or layer.in_features % blocks or layer.out_features % blocks:
+            raise ValueError(f"'{name}' ({sizes}) cannot be split into {blocks} equal blocks")
+        return blocks
+    if parameter_budget is None:
+        raise ValueError(f"the policy gives '{name}' no number of blocks, and neither does num_blocks")
+    smallest = min(layer.in_features, layer.out_features)
+    for blocks in range(1, smallest + 1):
+        if layer.in_features % blocks == 0 and layer.out_features % blocks == 0 and 1 / blocks <= parameter_budget:
+            return blocks
+    raise ValueError(f"'{name}' ({sizes}): no number of equal blocks keeps it within a budget of {parameter_budget}")
+
+
+def _replace(selected: Selected, moments: Mapping[nn.Module, Moments], permute: bool) -> list[Change]:
+    linear, num_blocks = selected.layer, selected.setting
+    assert num_blocks is not None
+    weight = exact(linear.weight)
+    centered = all(layer.bias is not None for layer in selected.layers)  # type: ignore[union-attr]
+    known = merged(selected, moments)
+    plain = known.second(centered=False)[0] if known else None
+    second = known.second(centered)[0] if known else None
+
+    def error(difference: Tensor, second: Tensor | None) -> float:
+        return projection.relative_error(weight, difference, second, plain)
+
+    def differs(blocks: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return weight - projection.scatter_blocks(blocks, rows, columns)
+
+    rows, columns = (torch.arange(size, device=weight.device) for size in weight.shape)
+    blocks = projection.diagonal_blocks(weight, rows, columns, num_blocks)
+    steps = [Step("diagonal blocks", error(differs(blocks, rows, columns), plain))]
+    if permute and num_blocks > 1:
+        energies = weight.abs().square() * (1 if plain is None else plain.diagonal().real)
+        new_rows, new_columns = (o.to(weight.device) for o in projection.find_permutations(energies, num_blocks))
+        permuted = projection.diagonal_blocks(weight, new_rows, new_columns, num_blocks)
+        steps.append(Step("permuted", error(differs(permuted, new_rows, new_columns), plain)))
+        if second is not None:  # it is the error after refitting that counts
+            candidates = [(rows, columns), (new_rows, new_columns)]
+            refitted = [projection.refit_blocks(weight, r, c, num_blocks, second) for r, c in candidates]
+            errors = [error(differs(b, r, c), second) for b, (r, c) in zip(refitted, candidates, strict=True)]
+            better = errors[1] < errors[0]
+        else:
+            better = steps[1].error < steps[0].error
+        if better:
+            rows, columns, blocks = new_rows, new_columns, permuted
+        else:
+            steps.pop()
+    shifts: dict[nn.Module, Tensor] = {}
+    if second is not None:
+        blocks = projection.refit_blocks(weight, rows, columns, num_blocks, second)
+        difference = differs(blocks, rows, columns)
+        steps.append(Step("refitted", error(difference, second)))
+        if centered:
+            shared = len({layer.bias for layer in selected.layers}) < len(selected.layers)  # type: ignore[arg-type]
+            for layer in selected.layers:
+                mean = (known if shared and known else moments[layer]).mean[0]
+                shifts[layer] = difference @ mean
+    return _make_layers(selected, blocks, rows, columns, steps, shifts)
+
+
+def _make_layers(
+    selected: Selected,
+    blocks: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    steps: list[Step],
+    shifts: Mapping[nn.Module, Tensor],
+) -> list[Change]:
+    """The layers with these blocks, one weight for all of them."""
+    num_blocks = len(blocks)
+    first: Any = None
+    biases: dict[nn.Parameter, nn.Parameter] = {}
+    changes = []
+    for layer, names in zip(selected.layers, selected.names, strict=True):
+        old: Any = layer
+        new: Any = PermutedBlockDiagLinear._empty_like(old, old.in_features, old.out_features, num_blocks)
+        new.input_permutation, new.output_permutation = unless_identity(columns), unless_identity(rows.argsort())
+        if first is None:
+            first = new
+            fill(new.weight, blocks)
+        else:
+            new.weight = first.weight
+        heir = Heir("weight", new.weight, lambda t: projection.diagonal_blocks(t, rows, columns, num_blocks))
+        heirs = {old.weight: [heir]}
+        if old.bias is not None:
+            if old.bias in biases:
+                new.bias = biases[old.bias]
+            else:
+                fill(new.bias, (exact(old.bias) + shifts.get(layer, 0))[rows])
+                biases[old.bias] = new.bias
+            heirs[old.bias] = [Heir("bias", new.bias, lambda t: t[rows])]
+        changes.append(Change(Replacement(names, old, new, heirs), steps))
+    return changes

@@ -1,0 +1,237 @@
+"""Several models of one architecture as one model that computes all of them at once."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockdiag.conversion.elementwise import is_elementwise
+from blockdiag.conversion.stacked_layers import (
+    StackedBatchNorm1d,
+    StackedLayerNorm,
+    StackedLinear,
+    StackedPReLU,
+    StackedRMSNorm,
+)
+from blockdiag.modules import BlockDiagLinear
+
+_STACKED: dict[type, Callable[[Sequence[Any]], nn.Module]] = {
+    nn.Linear: StackedLinear.from_linears,
+    nn.LayerNorm: StackedLayerNorm,
+    nn.RMSNorm: StackedRMSNorm,
+    nn.BatchNorm1d: StackedBatchNorm1d,
+    nn.PReLU: StackedPReLU,
+}
+_OVER_FEATURES = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def stack_linears(linears: Sequence[nn.Linear]) -> BlockDiagLinear:
+    """:meth:`BlockDiagLinear.from_linears`: the layer whose block ``g`` computes what ``linears[g]`` computes."""
+    return BlockDiagLinear.from_linears(linears)
+
+
+class StackedModel(nn.Module):
+    """Models of one architecture, computed at once; made by :func:`stack_models`.
+
+    Shape:
+        - Input: :math:`(*, \\text{in\\_features})`, the same for all models; or with ``stacked=True``
+          :math:`(M, *, \\text{in\\_features})`, one for each.
+        - Output: :math:`(M, *, \\text{out\\_features})`: what ``torch.stack([model(input) for model in models])`` is.
+
+    Attributes:
+        shared: what is applied to an input before the models part: reshaping.
+        stacked: the model on activations :math:`(*, M, \\text{features})`.
+        num_models: :math:`M`.
+    """
+
+    def __init__(self, shared: nn.Module, stacked: nn.Module, num_models: int, skeleton: nn.Module) -> None:
+        super().__init__()
+        self.shared = shared
+        self.stacked = stacked
+        self.num_models = num_models
+        self._skeleton = (skeleton,)  # one of the models without values, and no submodule of this one
+
+    def forward(self, input: Tensor, stacked: bool = False) -> Tensor:
+        if stacked:
+            if input.shape[0] != self.num_models:
+                raise ValueError(
+                    f"StackedModel: expected one input for each of {self.num_models} models in the first dimension, "
+                    f"but got the shape {tuple(input.shape)}"
+                )
+            input = torch.stack([self.shared(part) for part in input.unbind(0)], dim=-2)
+        else:
+            input = self.shared(input).unsqueeze(-2)
+            input = input.expand(*input.shape[:-2], self.num_models, input.shape[-1])
+        return self.stacked(input).movedim(-2, 0)
+
+    def to_models(self) -> list[nn.Module]:
+        """The models, with copies of their parameters: the inverse of :func:`stack_models`."""
+        models = [copy.deepcopy(self._skeleton[0]) for _ in range(self.num_models)]
+        for index, model in enumerate(models):
+            restored: set[nn.Module] = set()
+            for name, layer in (*_parts(self.shared), *_parts(self.stacked)):
+                part = model.get_submodule(name)
+                part.training = layer.training
+                if hasattr(layer, "restore") and part not in restored:
+                    layer.restore(part, index)
+                    restored.add(part)
+        return models
+
+
+def _parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All modules by all their names, but not what is inside stacked layers."""
+    yield name, module
+    if not hasattr(module, "restore"):
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from _parts(child, f"{name}.{key}" if name else key)
+
+
+def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = None) -> StackedModel:
+    """One model that computes all of these at once, with copies of their parameters: an ensemble as one network.
+
+    For multilayer perceptrons: models of :class:`torch.nn.Linear`, normalisations (``LayerNorm``, ``RMSNorm``,
+    ``BatchNorm1d``), elementwise activations and dropout, ``PReLU``, ``Softmax`` and the like over the last dimension,
+    and ``Flatten`` at the start, in :class:`torch.nn.Sequential`. Models with a ``forward`` of their own work if it
+    treats all dimensions but the last alike; to make sure, they are compared with the result on an ``example_input``.
+    For other models there is :func:`torch.func.stack_module_state` with :func:`torch.vmap`.
+
+    Args:
+        models: trained models of one architecture, dtype, device, mode and ``requires_grad``.
+        example_input: an input of one model; required where a model has a ``forward`` of its own.
+
+    Raises:
+        ValueError: there are no models, they differ, have parts that cannot be stacked, or do not compute the same
+            stacked.
+    """
+    if not models:
+        raise ValueError("stack_models: expected at least one model, but got none")
+    described = [_describe(model) for model in models]
+    for index, lines in enumerate(described):
+        if lines != described[0]:
+            pairs = itertools.zip_longest(lines, described[0], fillvalue="nothing")
+            here, first = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"stack_models: expected every model to be like the first, but model {index} has {here} where the "
+                f"first has {first}"
+            )
+    _check_parts(models[0], example_input)
+
+    skeleton = copy.deepcopy(models[0]).to("meta")
+    shared, template, sources = _split_off_flattening(models)
+    stacked = _stack(template, sources, {})
+    result = StackedModel(copy.deepcopy(shared), stacked, len(models), skeleton)
+    result.training = models[0].training
+    if example_input is not None:
+        _check_outputs(models, result, example_input)
+    return result
+
+
+def _describe(model: nn.Module) -> list[str]:
+    """All that stacked models must share, part by part; parts that are used twice tell where they were before."""
+    seen: dict[int, str] = {}
+    lines = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        again = seen.setdefault(id(module), name)
+        tensors = [*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False)]
+        details = [
+            f"{key} {tuple(t.shape)} {t.dtype} {t.device} requires_grad={t.requires_grad} {seen.setdefault(id(t), key)}"
+            for key, t in tensors
+        ]
+        kind = repr(module) if not module._modules else type(module).__qualname__
+        lines.append(f"'{name}' = {kind} training={module.training} {again} {details}")
+    return lines
+
+
+def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
+    owner: dict[nn.Parameter, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if owner.setdefault(parameter, name) != name:
+                raise ValueError(f"stack_models: '{owner[parameter]}' and '{name}' share a parameter")
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise ValueError(f"stack_models: '{name}' has hooks, which would see all models at once: remove them first")
+        if type(module) in _STACKED:
+            shape = getattr(module, "normalized_shape", ())
+            if len(shape) > 1:
+                raise ValueError(
+                    f"stack_models: '{name}' normalises over {len(shape)} dimensions; only 1 can be stacked"
+                )
+        elif type(module) in _OVER_FEATURES:
+            if module.dim != -1:
+                raise ValueError(
+                    f"stack_models: '{name}' is over dimension {module.dim}; set dim=-1 where it is the last"
+                )
+        elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+            raise ValueError(f"stack_models: '{name}' is a {type(module).__name__} with tensors that cannot be stacked")
+        elif module._modules or isinstance(module, _CONTAINERS):
+            if type(module) not in _CONTAINERS and example_input is None:
+                raise ValueError(
+                    f"stack_models: '{name}' is a {type(module).__name__} with a forward of its own: give an "
+                    "example_input to check the result with"
+                )
+        elif not is_elementwise(module) and not isinstance(module, nn.Flatten):
+            raise ValueError(f"stack_models: '{name}' is a {type(module).__name__}, which cannot be stacked")
+
+
+def _split_off_flattening(models: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module, Sequence[nn.Module]]:
+    """What comes before the models part, and the models from there on, under their old names."""
+    first = models[0]
+    if type(first) is not nn.Sequential:
+        if any(isinstance(module, nn.Flatten) for module in first.modules()):
+            raise ValueError("stack_models: nn.Flatten can be stacked at the start of an nn.Sequential only")
+        return nn.Sequential(), first, models
+    start = 0
+    while start < len(first) and isinstance(first[start], (nn.Flatten, nn.Identity)):
+        start += 1
+    rest = [_named_part(model, start, None) for model in models]
+    if any(isinstance(module, nn.Flatten) for module in rest[0].modules()):
+        raise ValueError("stack_models: nn.Flatten can be stacked at the start of an nn.Sequential only")
+    return _named_part(first, 0, start), rest[0], rest
+
+
+def _named_part(sequence: nn.Module, start: int | None, stop: int | None) -> nn.Sequential:
+    part = nn.Sequential()
+    for name, module in list(sequence.named_children())[start:stop]:
+        part.add_module(name, module)
+    part.training = sequence.training
+    return part
+
+
+def _stack(template: nn.Module, sources: Sequence[nn.Module], memo: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module like the template, with all layers stacked; a layer that is used twice is stacked once."""
+    if template in memo:
+        return memo[template]
+    if type(template) in _STACKED:
+        stacked: Any = _STACKED[type(template)](sources).train(template.training)
+    else:
+        stacked = copy.copy(template)
+        stacked._modules = {
+            name: None if child is None else _stack(child, [getattr(source, name) for source in sources], memo)
+            for name, child in template._modules.items()
+        }
+        for attribute, value in stacked.__dict__.items():  # hooks and the like belong to one module
+            if isinstance(value, dict) and attribute != "_modules":
+                stacked.__dict__[attribute] = value.copy()
+    memo[template] = stacked
+    return stacked
+
+
+def _check_outputs(models: Sequence[nn.Module], result: StackedModel, example_input: Tensor) -> None:
+    """Compares in double precision, where nothing but a mistake makes a difference."""
+    dtype = torch.promote_types(example_input.dtype, torch.float64)
+    with torch.no_grad():
+        precise = [copy.deepcopy(model).to(dtype).eval() for model in models]
+        input = example_input.to(dtype)
+        expected = torch.stack([model(input) for model in precise])
+        try:
+            torch.testing.assert_close(copy.deepcopy(result).to(dtype).eval()(input), expected)
+        except Exception as error:
+            raise ValueError(
+                "stack_models: stacked, the models do not compute what they compute alone, perhaps because their "
+                f"forward does not treat all dimensions but the last alike: {error}"
+            ) from error

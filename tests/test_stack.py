@@ -1,0 +1,180 @@
+"""stack_models: the same outputs and gradients as the models alone, and the same models back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from blockdiag import BlockDiagLinear, stack_linears, stack_models
+
+
+def make_mlp():
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(12, 16),
+        nn.BatchNorm1d(16),
+        nn.PReLU(16),
+        nn.Dropout(0.1),
+        nn.Sequential(nn.Linear(16, 16, bias=False), nn.LayerNorm(16), nn.GELU()),
+        nn.RMSNorm(16),
+        nn.PReLU(),
+        nn.LayerNorm(16, elementwise_affine=False),
+        nn.BatchNorm1d(16, affine=False, track_running_stats=False),
+        nn.Linear(16, 5),
+        nn.LogSoftmax(-1),
+    )
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.norm = nn.LayerNorm(12)
+        self.again = self.first
+
+    def forward(self, input):
+        return self.norm(input + torch.relu(self.second(torch.relu(self.again(self.first(input))))))
+
+
+def trained(make, count=4, dtype=torch.float32):
+    """Models whose statistics, too, differ."""
+    models = [make().to(dtype) for _ in range(count)]
+    for model in models:
+        for _ in range(3):
+            model(torch.randn(8, 12, dtype=dtype) * 2 + 1)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return models
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_computes_what_its_models_compute(training, dtype, device):
+    models = [model.to(device).train(training) for model in trained(make_mlp, dtype=dtype)]
+    for model in models:
+        model[4].p = 0.0  # dropout draws other numbers
+    stacked = stack_models(models)
+    alone = [copy.deepcopy(model) for model in models]
+    x = torch.randn(7, 3, 4, dtype=dtype, device=device)
+    output, expected = stacked(x), torch.stack([model(x) for model in alone])
+    torch.testing.assert_close(output, expected)
+    weights = torch.randn_like(expected)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for model, grads in zip(alone, _models_of_grads(stacked), strict=True):
+        for parameter, grad in zip(model.parameters(), grads, strict=True):
+            torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5)
+    each = torch.randn(4, 7, 3, 4, dtype=dtype, device=device)
+    torch.testing.assert_close(
+        stacked(each, stacked=True), torch.stack([model(part) for model, part in zip(alone, each, strict=True)])
+    )
+    for model, back in zip(alone, stacked.to_models(), strict=True):  # statistics learnt since are there too
+        torch.testing.assert_close(back.state_dict(), model.state_dict())
+
+
+def _models_of_grads(stacked):
+    """The gradients, taken apart as the parameters would be."""
+    carrier = copy.deepcopy(stacked)
+    for parameter, source in zip(carrier.parameters(), stacked.parameters(), strict=True):
+        parameter.data.copy_(source.grad)
+    return [list(model.parameters()) for model in carrier.to_models()]
+
+
+@pytest.mark.parametrize("make", [make_mlp, Residual])
+def test_round_trip_is_exact(make):
+    models = trained(make)
+    models[0].eval(), [model.eval() for model in models]
+    for model in models:
+        next(model.parameters()).requires_grad_(False)
+    stacked = stack_models(models, torch.randn(6, 12))
+    assert not stacked.training
+    back = copy.deepcopy(stacked).to_models()
+    for model, again in zip(models, back, strict=True):
+        assert repr(again) == repr(model)
+        assert [m.training for m in again.modules()] == [m.training for m in model.modules()]
+        assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    if make is Residual:
+        assert back[0].again is back[0].first
+        assert back[1].first is not back[0].first
+    # Training what came back or what was stacked leaves the others alone.
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    for parameter in stacked.parameters():
+        parameter.data.add_(1)
+    for model, state in zip(models, before, strict=True):
+        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_forwards_of_their_own():
+    models = trained(Residual, 3)
+    with pytest.raises(ValueError, match="'' is a Residual with a forward of its own: give an example_input"):
+        stack_models(models)
+    stacked = stack_models(models, torch.randn(5, 12))
+    x = torch.randn(2, 6, 12)
+    torch.testing.assert_close(stacked(x), torch.stack([model(x) for model in models]))
+    compiled = torch.compile(stacked, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), stacked(x))
+
+    class OverBatch(Residual):
+        def forward(self, input):
+            return self.first(input) / input.norm(dim=1, keepdim=True)
+
+    with pytest.raises(ValueError, match="stacked, the models do not compute what they compute alone"):
+        stack_models([OverBatch(), OverBatch()], torch.randn(5, 12))
+
+
+class Scaled(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 3))
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([], "expected at least one model, but got none"),
+        ([nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 4))], "model 1 has '0' = Linear.*out_features=4"),
+        ([nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3), nn.ReLU())], "model 1 has '1' = ReLU"),
+        ([nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3)).double()], "model 1 has .* torch.float64"),
+        ([nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3)).eval()], "model 1 has .*training=False"),
+        ([nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), tied()], "model 1 has '1' = Linear"),
+        ([tied(), tied()], "'0' and '1' share a parameter"),
+        ([hooked(), hooked()], "'0' has hooks"),
+        ([Scaled()], "'' is a Scaled with tensors that cannot be stacked"),
+        ([nn.Sequential(nn.Conv2d(3, 3, 1))], "'0' is a Conv2d with tensors that cannot be stacked"),
+        ([nn.Sequential(nn.LayerNorm((2, 3)))], "'0' normalises over 2 dimensions; only 1 can be stacked"),
+        ([nn.Sequential(nn.Softmax(1))], "'0' is over dimension 1; set dim=-1"),
+        ([nn.Sequential(nn.Linear(3, 3), nn.Flatten())], r"nn.Flatten can be stacked at the start"),
+        ([nn.Sequential(nn.MaxPool1d(2))], "'0' is a MaxPool1d, which cannot be stacked"),
+    ],
+)
+def test_bad_models(models, message):
+    with pytest.raises(ValueError, match=message):
+        stack_models(models)
+
+
+def test_a_stacked_input_has_one_part_for_each_model():
+    stacked = stack_models([nn.Sequential(nn.Linear(3, 3))] * 2)
+    with pytest.raises(ValueError, match="expected one input for each of 2 models in the first dimension"):
+        stacked(torch.randn(3, 4, 3), stacked=True)
+
+
+def test_stack_linears():
+    linears = [nn.Linear(3, 2) for _ in range(4)]
+    layer = stack_linears(linears)
+    assert type(layer) is BlockDiagLinear
+    for linear, block in zip(linears, layer.weight, strict=True):
+        assert torch.equal(linear.weight, block)
