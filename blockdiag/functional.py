@@ -6,6 +6,23 @@ import torch
 from torch import Tensor
 
 
+def _linear_of_jagged(input: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of a nested tensor whose rows lie one after the other, in the order of its batch."""
+    if input._ragged_idx != 1:
+        raise NotImplementedError(
+            f"blockdiag.linear: expected a jagged input to be ragged in dimension 1, but it is in {input._ragged_idx}: "
+            "transpose it back"
+        )
+    if input.lengths() is not None:
+        raise NotImplementedError(
+            "blockdiag.linear: expected the rows of a jagged input to lie one after the other, but there are holes "
+            "between them: call .contiguous() first"
+        )
+    output = torch.ops.blockdiag.linear(input.values(), weight, bias)
+    lengths = {"min_seqlen": input._maybe_min_seqlen, "max_seqlen": input._maybe_max_seqlen}  # known already, or None
+    return torch.nested.nested_tensor_from_jagged(output, input.offsets(), **lengths)
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""Applies :math:`G` independent linear layers to :math:`G` slices of the input, as one operation.
 
@@ -15,7 +32,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         input: :math:`(*, G \cdot K)`, the slices side by side (concatenated), or :math:`(*, G, K)` (stacked), with any
             number of leading dimensions, none included. Where the sizes fit both, it is taken as concatenated. May be a
-            nested tensor of :obj:`torch.jagged` layout, ragged in a leading dimension.
+            nested tensor of :obj:`torch.jagged` layout, ragged in dimension 1, without holes.
         weight: :math:`(G, N, K)`; block ``g`` is laid out as the weight of ``nn.Linear(K, N)``.
         bias: :math:`(G \cdot N)` or :math:`(G, N)`, optional.
 
@@ -40,7 +57,5 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # What torch.fx traces with is no Tensor, and cannot be asked whether it is nested.
     if not torch.jit.is_scripting() and isinstance(input, Tensor) and input.is_nested and input.layout == torch.jagged:
-        jagged: Any = input  # has methods that Tensor's type does not tell of
-        values = torch.ops.blockdiag.linear(jagged.values(), weight, bias)
-        return torch.nested.nested_tensor_from_jagged(values, jagged.offsets(), jagged.lengths())
+        return _linear_of_jagged(input, weight, bias)
     return torch.ops.blockdiag.linear(input, weight, bias)

@@ -37,11 +37,14 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         stacked = input.shape[-1] != num_blocks * in_block
         features = [num_blocks, out_block] if stacked else [num_blocks * out_block]
         rows = op.Reshape(input, op.Constant(value_ints=[-1, num_blocks, in_block]))
-        product = op.MatMul(op.Transpose(rows, perm=[1, 0, 2]), op.Transpose(weight, perm=[0, 2, 1]))
+        # A Reshape that changes nothing: onnxruntime would fuse the transposition into the product, and then divide by
+        # zero where the batch is empty.
+        by_block = op.Reshape(op.Transpose(rows, perm=[1, 0, 2]), op.Constant(value_ints=[num_blocks, -1, in_block]))
+        product = op.MatMul(by_block, op.Transpose(weight, perm=[0, 2, 1]))
         output = op.Transpose(product, perm=[1, 0, 2])
         if bias is not None:
             output = op.Add(output, op.Reshape(bias, op.Constant(value_ints=[num_blocks, out_block])))
         leading = op.Shape(input, start=0, end=len(input.shape) - (2 if stacked else 1))
-        return op.Reshape(output, op.Concat(leading, op.Constant(value_ints=features), axis=0))
+        return op.Reshape(output, op.Concat(leading, op.Constant(value_ints=features), axis=0), allowzero=1)
 
     return {torch.ops.blockdiag.linear.default: linear}

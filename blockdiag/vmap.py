@@ -44,7 +44,8 @@ def linear(info: Any, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor 
             output = ops.linear(input.movedim(input_dim, 0), weight, shared)
         if bias is not None and bias_dim is not None:
             ones = [1] * (len(shape) - feature_dims)
-            output = output + bias.movedim(bias_dim, 0).reshape(info.batch_size, *ones, *features)
+            bias = bias.movedim(bias_dim, 0).reshape(info.batch_size, *ones, *features)
+            output = output + bias.to(output.dtype)  # under autocast the output has another than the bias
         return output, 0
     if bias is not None:
         bias = _side_by_side(bias, bias_dim, info.batch_size, bias.dim() - (bias_dim is not None))

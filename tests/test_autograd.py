@@ -53,6 +53,14 @@ def test_backward_ops_are_differentiable_by_themselves(device):
         assert gradgradcheck(function, arguments)
 
 
+def test_flat_bias_of_stacked_inputs_under_a_transposed_gradient():
+    x, weight, bias = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(15)
+    bias = bias.double().requires_grad_()
+    grad = torch.randn(5, 3, dtype=torch.float64).T
+    torch.ops.blockdiag.linear(x, weight, bias).backward(grad)
+    torch.testing.assert_close(bias.grad, grad.flatten())
+
+
 def test_third_order(device):
     def third(function):
         arguments = [t.detach().clone().requires_grad_() for t in tensors]

@@ -3,10 +3,14 @@
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch import nn
+from torch._dynamo import compiled_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import metrics
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import blockdiag
+from blockdiag import BlockDiagLinear
 from reference import DTYPES, Problem, make, problem_id
 
 OPS = torch.ops.blockdiag
@@ -56,11 +60,11 @@ def test_fake_and_real_outputs_agree(device):
         assert fake.device == real.device
 
 
-class Net(torch.nn.Module):
+class Net(nn.Module):
     def __init__(self, device):
         super().__init__()
-        self.first = blockdiag.BlockDiagLinear(12, 24, 3, device=device)
-        self.second = blockdiag.BlockDiagLinear(24, 6, 3, bias=False, device=device)
+        self.first = BlockDiagLinear(12, 24, 3, device=device)
+        self.second = BlockDiagLinear(24, 6, 3, bias=False, device=device)
 
     def forward(self, x):
         return self.second(torch.relu(self.first(x) * 2))
@@ -108,7 +112,7 @@ def test_neighbours_are_fused(device):
     """The pointwise functions before the op are one kernel, those after it another."""
     torch._dynamo.reset()
     metrics.reset()
-    layer = blockdiag.BlockDiagLinear(12, 24, 3, device=device)
+    layer = BlockDiagLinear(12, 24, 3, device=device)
     with torch.no_grad():
         x = torch.randn(8, 12, device=device)
         actual = torch.compile(lambda x: (layer(x.sin() * 2).relu() + 1).exp(), fullgraph=True)(x)
@@ -163,6 +167,29 @@ def test_compiled_autograd(device):
     with torch._dynamo.config.patch(compiled_autograd=True):
         torch.compile(lambda: net(x).square().sum().backward(), backend="aot_eager")()
     torch.testing.assert_close([parameter.grad for parameter in net.parameters()], expected)
+
+
+def test_compiled_autograd_of_an_eager_forward_compiles_once_for_all_batch_sizes():
+    counter = CompileCounterWithBackend("aot_eager")
+    model = nn.Sequential(BlockDiagLinear(8, 8, 2), nn.ReLU(), BlockDiagLinear(8, 8, 2))
+    with compiled_autograd._enable(torch.compile(backend=counter, dynamic=True)):
+        for batch in range(3, 9):
+            for x in (torch.randn(batch, 8), torch.randn(batch, 2, 4)):
+                model(x).sum().backward()
+    assert counter.frame_count <= 4  # each kind of input once, and once more when its batch size has become symbolic
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_compiled_forward_mode_with_symbolic_sizes(argument):
+    weight, bias = torch.randn(2, 5, 3), torch.randn(10)
+
+    def jacobian(x, weight, bias):
+        return torch.func.jacfwd(blockdiag.linear, argument)(x, weight, bias)
+
+    compiled = torch.compile(jacobian, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (4, 9):
+        x = torch.randn(batch, 6)
+        torch.testing.assert_close(compiled(x, weight, bias), jacobian(x, weight, bias))
 
 
 def test_symbolic_sizes_keep_the_graph_general():

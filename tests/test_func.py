@@ -91,6 +91,29 @@ def test_vmap(input_dim, weight_dim, bias_dim, arguments):
 
 
 @pytest.mark.filterwarnings("error:There is a performance drop")
+def test_vmap_over_the_bias_under_autocast(arguments, device):
+    x, weight, bias = (argument.float() for argument in arguments)
+    biases = torch.stack([bias, bias + 1])
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = vmap(blockdiag.linear, (None, None, 0))(x, weight, biases)
+        expected = torch.stack([blockdiag.linear(x, weight, b) for b in biases])
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-5)  # rounded before the bias is added, and after
+
+
+def test_batched_gradients(arguments):
+    """Of torch.autograd.grad, whose vmap is another than torch.func's."""
+    arguments = [argument.requires_grad_() for argument in arguments]
+    for bias in (arguments[2], arguments[2].detach().flatten().requires_grad_()):
+        inputs = (*arguments[:2], bias)
+        output = blockdiag.linear(*inputs)
+        grads = torch.randn(7, *output.shape, dtype=torch.float64, device=output.device)
+        batched = torch.autograd.grad(output, inputs, grads, is_grads_batched=True, retain_graph=True)
+        loop = [torch.autograd.grad(output, inputs, grad, retain_graph=True) for grad in grads]
+        for actual, expected in zip(batched, zip(*loop, strict=True), strict=True):
+            torch.testing.assert_close(actual, torch.stack(expected))
+
+
 def test_nested_vmap(arguments):
     x, weight, bias = (torch.stack([argument, -argument]) for argument in arguments)
 

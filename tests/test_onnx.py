@@ -38,6 +38,28 @@ def test_runs_in_onnxruntime(stacked, leading, bias, dtype):
             torch.testing.assert_close(torch.from_numpy(actual), layer(batch).relu())
 
 
+@pytest.mark.parametrize("empty", [(0, 3), (5, 0)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_empty_batches(bias, empty):
+    layer = BlockDiagLinear(12, 20, 4, bias=bias).eval()
+    dynamic = ({dim: torch.export.Dim(f"d{dim}", min=0) for dim in (0, 1)},)
+    table = blockdiag.onnx.translation_table()
+    program = torch.onnx.export(
+        layer,
+        (torch.randn(2, 3, 12),),
+        dynamo=True,
+        dynamic_shapes=dynamic,
+        custom_translation_table=table,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (name,) = (input.name for input in session.get_inputs())
+    for leading in ((2, 4), empty):
+        x = torch.randn(*leading, 12)
+        (actual,) = session.run(None, {name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(actual), layer(x).detach())
+
+
 def test_without_onnxscript(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError, match="pip install onnx onnxscript"):

@@ -59,6 +59,25 @@ def test_jagged_inputs(layer, device):
     torch.testing.assert_close(nested.grad.values(), expected)
 
 
+def test_jagged_inputs_keep_what_is_known_of_their_lengths(layer, device):
+    nested = torch.nested.nested_tensor([torch.randn(n, 12, device=device) for n in (3, 5)], layout=torch.jagged)
+    assert layer(nested)._maybe_max_seqlen == torch.nn.Linear(12, 4, device=device)(nested)._maybe_max_seqlen
+
+
+def test_jagged_inputs_that_are_not_rows_one_after_the_other(layer, device):
+    transposed = torch.nested.nested_tensor(
+        [torch.randn(n, 3, 12, device=device) for n in (1, 2)], layout=torch.jagged
+    ).transpose(1, 2)
+    with pytest.raises(NotImplementedError, match="ragged in dimension 1, but it is in 2: transpose it back"):
+        layer(transposed)
+    values = torch.randn(2, 9, 12, device=device)
+    holes = torch.nested.narrow(values, 1, torch.tensor([0, 4]), torch.tensor([2, 3]), layout=torch.jagged)
+    with pytest.raises(NotImplementedError, match=r"holes between them: call .contiguous\(\) first"):
+        layer(holes)
+    for part, expected in zip(layer(holes.contiguous()).unbind(), (values[0, :2], values[1, 4:7]), strict=True):
+        torch.testing.assert_close(part, layer(expected))
+
+
 @pytest.mark.parametrize(
     ("convert", "way_round"),
     [

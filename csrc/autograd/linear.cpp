@@ -27,6 +27,18 @@ at::Tensor conj_if_complex(const at::Tensor& tensor) {
   return tensor.is_complex() ? tensor.conj() : tensor;
 }
 
+/// The sizes of the input that gave an output of these sizes. They are not saved: compiled autograd would take each as a
+/// constant, and compile anew for every batch size.
+c10::SymDimVector input_sizes_of(c10::SymIntArrayRef output_sizes, c10::SymIntArrayRef weight_sizes, bool stacked) {
+  c10::SymDimVector sizes(output_sizes.begin(), output_sizes.end() - (stacked ? 2 : 1));
+  if (stacked) {
+    sizes.append({weight_sizes[0], weight_sizes[2]});
+  } else {
+    sizes.push_back(weight_sizes[0] * weight_sizes[2]);
+  }
+  return sizes;
+}
+
 /// The gradient of the bias: grad_output summed over the batch, as (num_blocks, out_block) or as one row.
 at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stacked, c10::SymIntArrayRef weight_sizes) {
   c10::SmallVector<int64_t, 5> leading;
@@ -38,7 +50,8 @@ at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stac
   if (stacked == bias_stacked) {
     return sum;
   }
-  return bias_stacked ? sum.view_symint({weight_sizes[0], weight_sizes[1]}) : sum.flatten();
+  return bias_stacked ? sum.view_symint({weight_sizes[0], weight_sizes[1]})
+                      : sum.reshape_symint({weight_sizes[0] * weight_sizes[1]});
 }
 
 // Forward-mode AD carries one tangent in each tensor, at a level that is always 0.
@@ -118,7 +131,7 @@ struct Linear : torch::autograd::Function<Linear> {
         input.requires_grad() ? call->right : at::Tensor(),
         weight.requires_grad() ? call->left : at::Tensor(),
     });
-    ctx->saved_data["input_sizes"] = input.sym_sizes();
+    ctx->saved_data["stacked"] = is_stacked(input.sym_sizes(), weight.sym_sizes());
     ctx->saved_data["weight_sizes"] = weight.sym_sizes();
     if (bias) {
       ctx->saved_data["bias_stacked"] = bias->dim() == 2;
@@ -128,11 +141,12 @@ struct Linear : torch::autograd::Function<Linear> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const auto input_sizes = ctx->saved_data["input_sizes"].toSymIntVector();
+    const bool stacked = ctx->saved_data["stacked"].toBool();
     const auto weight_sizes = ctx->saved_data["weight_sizes"].toSymIntVector();
     const auto& grad_output = grad_outputs[0];
     variable_list grads(4);
     if (ctx->needs_input_grad(0)) {
+      const auto input_sizes = input_sizes_of(grad_output.sym_sizes(), weight_sizes, stacked);
       grads[0] = linear_input_grad(grad_output, conj_if_complex(saved[0]), input_sizes);
     }
     if (ctx->needs_input_grad(1)) {
@@ -140,8 +154,7 @@ struct Linear : torch::autograd::Function<Linear> {
     }
     const auto bias_stacked = ctx->saved_data.find("bias_stacked");
     if (bias_stacked != ctx->saved_data.end() && ctx->needs_input_grad(2)) {
-      grads[2] =
-          bias_grad(grad_output, is_stacked(input_sizes, weight_sizes), bias_stacked->second.toBool(), weight_sizes);
+      grads[2] = bias_grad(grad_output, stacked, bias_stacked->second.toBool(), weight_sizes);
     }
     return grads;
   }
@@ -193,7 +206,7 @@ struct LinearWeightGrad : torch::autograd::Function<LinearWeightGrad> {
         grad_output.requires_grad() ? call->right : at::Tensor(),
         input.requires_grad() ? call->left : at::Tensor(),
     });
-    ctx->saved_data["input_sizes"] = input.sym_sizes();
+    ctx->saved_data["stacked"] = is_stacked(input.sym_sizes(), weight_sizes);
     return call->run([&] { return linear_weight_grad(grad_output, input, weight_sizes); });
   }
 
@@ -205,7 +218,9 @@ struct LinearWeightGrad : torch::autograd::Function<LinearWeightGrad> {
       grads[0] = blockdiag::linear(conj_if_complex(saved[0]), grad);
     }
     if (ctx->needs_input_grad(1)) {
-      grads[1] = linear_input_grad(conj_if_complex(saved[1]), grad, ctx->saved_data["input_sizes"].toSymIntVector());
+      const bool stacked = ctx->saved_data["stacked"].toBool();
+      const auto input_sizes = input_sizes_of(saved[1].sym_sizes(), grad.sym_sizes(), stacked);
+      grads[1] = linear_input_grad(conj_if_complex(saved[1]), grad, input_sizes);
     }
     return grads;
   }
@@ -232,7 +247,8 @@ void set_tangent(
   if (has_tangent(right)) {
     sum = sum_of(sum, op(primal(left), tangent(right)));
   }
-  result._set_fw_grad(sum, /*level=*/0, /*is_inplace_op=*/false);
+  // Laid out as the result, or else torch makes a copy that is, which it cannot where sizes are symbolic.
+  result._set_fw_grad(sum.contiguous(), /*level=*/0, /*is_inplace_op=*/false);
 }
 
 at::Tensor autograd_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
