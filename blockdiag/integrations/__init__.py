@@ -1,0 +1,1 @@
+"""Other libraries' layers, computed by blockdiag. Each module needs its library installed."""

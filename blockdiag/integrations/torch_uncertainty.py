@@ -1,0 +1,235 @@
+"""TorchUncertainty's packed layers, computed by blockdiag, without changes in the code that uses them.
+
+:func:`install` makes blockdiag what ``PackedLinear``, and the projections of ``PackedMultiheadAttention`` and of the
+packed transformer layers, compute with, whatever their ``implementation`` is; :func:`uninstall` takes it back, and
+:func:`installed` does both around a block of code. Classes, parameters, state dicts and pickles stay TorchUncertainty's
+own: the function ``packed_linear`` is exchanged, so that layers made before are served too. What blockdiag does not
+compute, and what the library would refuse, goes to the library's own function.
+
+While installed, layers also load checkpoints of other implementations and of other versions of the library, back to
+0.1; :func:`convert_state_dict` does that by itself.
+
+One thing differs: the gradient of ``implementation="sparse"`` is sparse, on the blocks, as the weight is. The library's
+own is dense, and no optimizer of PyTorch can apply it.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import blockdiag
+
+_MODULE = "torch_uncertainty.layers.packed"
+_BLOCKS = ("full", "einsum", "conv1d")  # the implementations whose weight is (num_groups, out_block, in_block)
+_MISSING: Any = object()
+_replaced: list[tuple[Any, str, Any]] = []  # owner, attribute, what it was
+
+
+def _packed() -> ModuleType:
+    """The library's module of packed layers.
+
+    Raises:
+        ImportError: it is not installed, or older than 0.5.
+    """
+    message = (
+        "blockdiag.integrations.torch_uncertainty needs TorchUncertainty 0.5 or newer: pip install torch-uncertainty"
+    )
+    try:
+        packed = importlib.import_module(_MODULE)
+    except ImportError as error:
+        raise ImportError(f"{message} ({error})") from error
+    if not hasattr(packed, "packed_linear"):
+        raise ImportError(message)
+    return packed
+
+
+def install() -> None:
+    """Makes blockdiag what packed linear layers and packed attention projections compute with. Twice is as once.
+
+    Raises:
+        ImportError: TorchUncertainty is not installed, or older than 0.5.
+    """
+    if _replaced:
+        return
+    packed = _packed()
+    original = packed.packed_linear
+    replacement = _replacement(original)
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "torch_uncertainty":
+            # Who imported the function by its name has a reference of their own.
+            for key in [key for key, value in vars(module).items() if value is original]:
+                _replace(module, key, replacement)
+    for kind, convert in (
+        (packed.PackedLinear, _convert_linear),
+        (packed.PackedMultiheadAttention, _convert_attention),
+    ):
+        _replace(kind, "_load_from_state_dict", _converting(kind._load_from_state_dict, convert))
+
+
+def uninstall() -> None:
+    """Takes back what :func:`install` did."""
+    while _replaced:
+        owner, name, value = _replaced.pop()
+        if value is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Installed within a ``with`` block, and afterwards as before."""
+    before = bool(_replaced)
+    install()
+    try:
+        yield
+    finally:
+        if not before:
+            uninstall()
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _replaced.append((owner, name, vars(owner).get(name, _MISSING)))
+    setattr(owner, name, value)
+
+
+def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def packed_linear(
+        inputs: Tensor, weight: Tensor, num_groups: int, implementation: str, bias: Tensor | None = None
+    ) -> Tensor:
+        blocks: Tensor | None = None
+        if implementation in _BLOCKS:
+            blocks = weight
+        elif implementation == "sparse":
+            blocks = _sparse_blocks(weight, num_groups)
+        if blocks is not None and _is_ours(inputs, blocks, num_groups, bias):
+            return torch.ops.blockdiag.linear(inputs, blocks, bias)
+        return original(inputs, weight, num_groups, implementation, bias)
+
+    return packed_linear
+
+
+def _is_ours(inputs: Tensor, blocks: Tensor, num_groups: int, bias: Tensor | None) -> bool:
+    """Whether the library and our op take these arguments, and in the same sense."""
+    tensors = [inputs, blocks] if bias is None else [inputs, blocks, bias]
+    if blocks.dim() != 3 or any(t.layout != torch.strided or t.device != blocks.device for t in tensors):
+        return False
+    sizes = (num_groups * blocks.shape[1], num_groups * blocks.shape[2])
+    device = blocks.device.type
+    return (
+        blocks.shape[0] == num_groups
+        and inputs.dim() >= 1
+        and inputs.shape[-1] == sizes[1]  # our op would take (*, num_groups, in_block) too
+        and (bias is None or bias.shape == (sizes[0],))
+        and (device in ("cpu", "meta") or (device == "cuda" and blockdiag.build_info()["cuda"] != "none"))
+        and (torch.is_autocast_enabled(device) or all(t.dtype == blocks.dtype for t in tensors))
+        and (blocks.is_floating_point() or blocks.is_complex())
+    )
+
+
+def _sparse_blocks(weight: Tensor, num_groups: int) -> Tensor | None:
+    """The blocks of a sparse weight ``(out_features, in_features)``; None if elements of theirs are missing."""
+    if weight.layout != torch.sparse_coo or weight.dim() != 2 or any(size % num_groups for size in weight.shape):
+        return None
+    out_block, in_block = (size // num_groups for size in weight.shape)
+    weight = weight.coalesce()
+    if weight._nnz() != num_groups * out_block * in_block or weight._nnz() == 0:
+        return None  # Tensor.to_sparse leaves zeros out
+    rows, columns = weight.indices()
+    # So many different elements of the blocks are all of them, and coalesced they are in order.
+    if not torch.equal(rows // out_block, columns // in_block):
+        return None
+    return weight.values().view(num_groups, out_block, in_block)
+
+
+def convert_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of another implementation, or of another version of the library, in the form that `model` has.
+
+    Args:
+        model: a model with packed layers of the installed version.
+        state_dict: the state of such a model, of whatever implementation, or saved by a version since 0.1.
+
+    Returns:
+        The state for ``model.load_state_dict``. What fits already, or fits nothing, is as it was.
+
+    Raises:
+        ImportError: TorchUncertainty is not installed, or older than 0.5.
+        ValueError: a dense weight has elements outside of its blocks.
+    """
+    packed = _packed()
+    result = dict(state_dict)
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, packed.PackedLinear):
+            _convert_linear(module, result, prefix)
+        elif isinstance(module, packed.PackedMultiheadAttention):
+            _convert_attention(module, result, prefix)
+    return result
+
+
+def _converting(original: Callable[..., None], convert: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def load(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        convert(self, state_dict, prefix)
+        original(self, state_dict, prefix, *args, **kwargs)
+
+    return load
+
+
+def _rename(state: dict[str, Any], old: str, new: str) -> None:
+    if old in state and new not in state:
+        state[new] = state.pop(old)
+
+
+def _convert_linear(module: Any, state: dict[str, Any], prefix: str) -> None:
+    for name in ("weight", "bias"):
+        _rename(state, f"{prefix}conv1x1.{name}", f"{prefix}{name}")  # until 0.2 the layer held a convolution
+    value, target = state.get(f"{prefix}weight"), module.weight
+    if not isinstance(value, Tensor) or (value.shape == target.shape and value.layout == target.layout):
+        return
+    blocks = _as_blocks(value.detach(), module.groups, prefix)
+    if blocks is None:
+        return  # load_state_dict says what does not fit
+    converted = torch.block_diag(*blocks).to_sparse() if target.layout == torch.sparse_coo else blocks
+    if converted.shape == target.shape:
+        state[f"{prefix}weight"] = converted
+
+
+def _convert_attention(module: Any, state: dict[str, Any], prefix: str) -> None:
+    for name in ("weight", "bias"):
+        _rename(state, f"{prefix}out_proj.{name}", f"{prefix}out_proj_{name}")  # in 0.4 a layer of its own
+    key = f"{prefix}out_proj_weight"
+    value, target = state.get(key), module.out_proj_weight
+    if isinstance(value, Tensor) and value.dim() == 3 and value.shape != target.shape and target.shape[0] == 1:
+        dense = torch.block_diag(*value.detach()).unsqueeze(0)  # in 0.4 in blocks even if the layer was the first
+        if dense.shape == target.shape:
+            state[key] = dense
+
+
+def _as_blocks(weight: Tensor, groups: int, prefix: str) -> Tensor | None:
+    """The blocks of a weight in any form that a version stored; None if it has none of these."""
+    if weight.dim() == 3:  # (out_features, in_block, 1) until 0.4, of a convolution
+        if weight.shape[0] == groups:
+            return weight
+        return (
+            weight.squeeze(-1).unflatten(0, (groups, -1))
+            if weight.shape[2] == 1 and not weight.shape[0] % groups
+            else None
+        )
+    if weight.dim() != 2 or any(size % groups for size in weight.shape):
+        return None
+    dense = weight.to_dense() if weight.layout != torch.strided else weight
+    blocks = dense.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    if not torch.equal(torch.block_diag(*blocks), dense):
+        raise ValueError(
+            f"'{prefix}weight' has elements outside of its {groups} blocks: no packed linear layer's weight"
+        )
+    return blocks.contiguous()
