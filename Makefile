@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CMAKE_BUILD := build/cmake
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo deploy test test-python test-cpp lint format report clean
+.PHONY: demo deploy convert test test-python test-cpp lint format report clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/packed_ensemble_digits.py
@@ -18,6 +18,9 @@ demo-output/packed_ensemble.pt:
 
 deploy: demo-output/packed_ensemble.pt test-cpp
 	$(BIN)/python examples/deploy_packed_ensemble.py --server $(CMAKE_BUILD)/serve/serve
+
+convert: $(VENV)/built
+	$(BIN)/python examples/does_it_pay.py
 
 test: test-python test-cpp
 

@@ -1,5 +1,6 @@
-"""The parts of the demonstration that its numbers rest on."""
+"""The parts of the examples that their numbers rest on."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 example = pytest.importorskip("packed_ensemble_digits")
+does_it_pay = pytest.importorskip("does_it_pay")
 
 
 def test_calibration_of_known_predictions():
@@ -38,3 +40,37 @@ def test_packed_and_loop_compute_the_same_with_the_same_gradients():
     for index, layer in enumerate(packed.layers):
         grads = torch.stack([network[2 * index].weight.grad for network in loop.networks])
         torch.testing.assert_close(layer.weight.grad, grads)
+
+
+def result(method, parameters, accuracy, milliseconds):
+    return does_it_pay.Result(method, parameters, 2 * parameters, None, accuracy, 0.0, {128: milliseconds})
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([result("blocks", 25, 0.98, 2.0)], "pays: blocks with 25% of the parameters runs 5.00 times as fast at +0.00"),
+        ([result("blocks", 25, 0.98, 9.0)], "does not pay: blocks"),
+        ([result("blocks", 25, 0.90, 2.0)], "no conversion is within 0.3 points of the dense network"),
+        ([result("blocks", 25, 0.98, 2.0), result("smaller dense", 25, 0.99, 1.0)], "does not pay: blocks"),
+        ([result("blocks", 25, 0.98, 2.0), result("smaller dense", 25, 0.979, 1.0)], "pays: blocks .* 10.00 times"),
+    ],
+)
+def test_whether_it_pays(others, expected):
+    assert re.search(expected, does_it_pay.conclude([result("dense", 100, 0.98, 10.0), *others], tolerance=0.003))
+
+
+def test_smaller_networks_have_about_as_many_parameters():
+    for hidden in (64, 1024):
+        parameters, _ = does_it_pay.costs(does_it_pay.make_network(hidden, torch.device("cpu")))
+        assert does_it_pay.smaller_hidden(parameters) == hidden
+        assert does_it_pay.smaller_hidden(parameters // 4) < hidden // 1.5
+
+
+@pytest.mark.parametrize("method", ["blocks", "low rank", "Monarch"])
+def test_methods_keep_their_budgets(method):
+    model = does_it_pay.make_network(64, torch.device("cpu"))
+    for budget in does_it_pay.budgets(method, 64):
+        converted, _ = does_it_pay.METHODS[method](model, budget, torch.rand(100, 64))
+        weights = sum(p.numel() for p in converted[2].parameters() if p.dim() > 1)
+        assert 0.9 * budget * 64 * 64 <= weights <= budget * 64 * 64

@@ -147,9 +147,9 @@ def find_permutations(energies: Tensor, num_blocks: int) -> tuple[Tensor, Tensor
     """Orders of rows and columns that gather much of a nonnegative matrix in its diagonal blocks.
 
     Rows and columns are assigned to equal blocks in turn, each time by the best assignment given the other
-    (:func:`scipy.optimize.linear_sum_assignment`), until nothing is gained, from the given order and from spectral
-    co-clustering (:class:`sklearn.cluster.SpectralCoclustering`); the better result is returned, never one worse than
-    the given order. To find the best of all is NP-hard.
+    (:func:`scipy.optimize.linear_sum_assignment`), until next to nothing is gained, from the given order and from
+    spectral co-clustering (:class:`sklearn.cluster.SpectralCoclustering`); the better result is returned, never one
+    worse than the given order. To find the best of all is NP-hard.
 
     Raises:
         ImportError: scipy or scikit-learn is missing.
@@ -180,7 +180,7 @@ def find_permutations(energies: Tensor, num_blocks: int) -> tuple[Tensor, Tensor
             column_blocks = assign(matrix.T @ one_hot(row_blocks), sizes[1])
             row_blocks = assign(matrix @ one_hot(column_blocks), sizes[0])
             kept = float((matrix * (row_blocks[:, None] == column_blocks[None, :])).sum())
-            if kept <= best * (1 + 1e-9):
+            if kept <= best * (1 + 1e-3):  # the rounds after that are many, and gain next to nothing
                 return kept, row_blocks, column_blocks
             best = kept
 
