@@ -7,7 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/compatibility.md", "benchmarks/results/README.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/compatibility.md",
+        "docs/conversion.md",
+        "benchmarks/results/README.md",
+    )
 ]
 
 

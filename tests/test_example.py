@@ -49,7 +49,7 @@ def result(method, parameters, accuracy, milliseconds):
 @pytest.mark.parametrize(
     ("others", "expected"),
     [
-        ([result("blocks", 25, 0.98, 2.0)], "pays: blocks with 25% of the parameters runs 5.00 times as fast at +0.00"),
+        ([result("blocks", 25, 0.98, 2.0)], "pays: blocks with 25% of the parameters runs 5.00 times as fast at .0.00"),
         ([result("blocks", 25, 0.98, 9.0)], "does not pay: blocks"),
         ([result("blocks", 25, 0.90, 2.0)], "no conversion is within 0.3 points of the dense network"),
         ([result("blocks", 25, 0.98, 2.0), result("smaller dense", 25, 0.99, 1.0)], "does not pay: blocks"),

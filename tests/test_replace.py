@@ -378,7 +378,7 @@ def test_interrupted_work_changes_nothing(monkeypatch):
 
 def test_missing_scipy_is_told_of(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match=r"pip install 'torch-blockdiag\[convert\]'"):
+    with pytest.raises(ImportError, match="pip install scipy scikit-learn"):
         replace_linear(mlp(4, 4), num_blocks=2, permute=True, progress=False)
 
 

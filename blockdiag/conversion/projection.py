@@ -160,7 +160,7 @@ def find_permutations(energies: Tensor, num_blocks: int) -> tuple[Tensor, Tensor
         from sklearn.cluster import SpectralCoclustering
     except ImportError as error:
         raise ImportError(
-            f"permuting features needs scipy and scikit-learn ({error}): pip install 'torch-blockdiag[convert]'"
+            f"permuting features needs scipy and scikit-learn ({error}): pip install scipy scikit-learn"
         ) from error
 
     matrix = energies.cpu().double().numpy()
