@@ -3,14 +3,20 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce
 from torch.optim import Optimizer
 
-from blockdiag.conversion.moments import Calibration, Moments, add_moments, collect_moments
+from blockdiag.conversion.moments import (
+    Calibration,
+    Moments,
+    add_moments,
+    collect_moments,
+    no_moments,
+    sum_over_processes,
+)
 from blockdiag.conversion.progress import track
 from blockdiag.conversion.report import ConversionReport, LayerReport, Step, cost, describe, measure_pair
 from blockdiag.conversion.select import Selected, attention_projections
@@ -57,14 +63,10 @@ def _collect(
         return {}, {}
     layers = {names[0]: layer for s in chosen for layer, names in zip(s.layers, s.names, strict=True)}
     moments, shapes = collect_moments(model, layers, calibration, progress)
-    if isinstance(wrapper, nn.parallel.DistributedDataParallel):  # each process saw its own inputs
-        for name, layer in layers.items():
-            if layer not in moments:
-                raise ValueError(f"the calibration inputs never reached '{name}' in every process")
-            num_rows = torch.tensor(moments[layer].num_rows, device=moments[layer].total.device)
-            for tensor in (num_rows, moments[layer].total, moments[layer].outer):
-                all_reduce(tensor, group=wrapper.process_group)
-            moments[layer] = moments[layer]._replace(num_rows=int(num_rows))
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):  # each process saw inputs of its own, or none
+        for layer in layers.values():
+            moments[layer] = sum_over_processes(moments.get(layer, no_moments(layer)), wrapper.process_group)
+        moments = {layer: m for layer, m in moments.items() if m.num_rows > 0}
     read = attention_projections(model)
     for name, layer in layers.items():
         if layer not in moments and layer not in read:
@@ -138,12 +140,11 @@ def _report_on(
     shapes: Mapping[nn.Module, tuple[int, ...]],
     measure: int | None,
 ) -> LayerReport:
-    old, new = change.replacement.old, change.replacement.new
+    old: Any = change.replacement.old
+    new = change.replacement.new
     before = after = None
-    shape = shapes.get(old)
-    if shape is None and hasattr(old, "in_features"):
-        shape = (measure or 0, old.in_features)  # type: ignore[assignment]
-    if measure is not None and shape is not None:
+    if measure is not None and (old in shapes or hasattr(old, "in_features")):
+        shape = shapes[old] if old in shapes else (measure, old.in_features)
         before, after = measure_pair(old, new, shape)
     return LayerReport(
         name=change.replacement.names[0],

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from blockdiag.conversion.progress import track
@@ -36,6 +36,22 @@ def add_moments(moments: Sequence[Moments]) -> Moments:
     """Those of all their rows together."""
     num_rows, totals, outers = zip(*moments, strict=True)
     return Moments(sum(num_rows), sum(totals), sum(outers))
+
+
+def no_moments(layer: Any) -> Moments:
+    """Those of a layer that has seen nothing yet."""
+    weight = exact(layer.weight)
+    groups = getattr(layer, "groups", 1)
+    features = weight[0].numel()
+    return Moments(0, weight.new_zeros(groups, features), weight.new_zeros(groups, features, features))
+
+
+def sum_over_processes(moments: Moments, group: Any) -> Moments:
+    """Those of all processes of the group together; each has to call it."""
+    num_rows = torch.tensor(moments.num_rows, device=moments.total.device)
+    for tensor in (num_rows, moments.total, moments.outer):
+        distributed.all_reduce(tensor, group=group)
+    return Moments(int(num_rows), moments.total, moments.outer)
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def replace_linear(
         permute: whether to look for permutations. Needs scipy and scikit-learn.
         calibration: batches of the model's inputs, or a function that runs the model on some. A batch is a tensor, a
             tuple or list of positional arguments, or a mapping of keyword arguments. Several times as many rows as
-            features are advisable. The model runs in eval mode and without gradients.
+            features are advisable. The model runs in eval mode and without gradients. Takes memory for
+            ``in_features ** 2`` double-precision numbers for each layer: convert a large model part by part.
         optimizers: optimizers of the model, rebound to the new parameters, with what state maps to them: that of the
             kept entries of weight and bias, Adam's moments included. Needs ``inplace``.
         inplace: whether to change the model itself. Default: a copy.
@@ -76,8 +77,8 @@ def replace_linear(
         ValueError: the policy matches nothing, sizes are not divisible, a layer is lazy, quantized, parametrized, on
             the meta device, not finite or shares parameters with what stays, or calibration inputs do not fit.
     """
-    if (num_blocks is None) == (parameter_budget is None) and not (num_blocks is None and not isinstance(policy, str)):
-        raise ValueError("expected either num_blocks or parameter_budget, or a policy that gives numbers of blocks")
+    if num_blocks is not None and parameter_budget is not None:
+        raise ValueError("expected either num_blocks or parameter_budget, but got both")
     if parameter_budget is not None and not 0 < parameter_budget <= 1:
         raise ValueError(f"expected parameter_budget to be a fraction of 0 to 1, but got {parameter_budget}")
 
@@ -131,7 +132,7 @@ def _blocks_of(selected: Selected, num_blocks: int | None, parameter_budget: flo
             raise ValueError(f"'{name}' ({sizes}) cannot be split into {blocks} equal blocks")
         return blocks
     if parameter_budget is None:
-        raise ValueError(f"the policy gives '{name}' no number of blocks, and neither does num_blocks")
+        raise ValueError(f"neither num_blocks nor parameter_budget nor the policy says how to split '{name}'")
     smallest = min(layer.in_features, layer.out_features)
     for blocks in range(1, smallest + 1):
         if layer.in_features % blocks == 0 and layer.out_features % blocks == 0 and 1 / blocks <= parameter_budget:

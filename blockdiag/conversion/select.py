@@ -1,7 +1,7 @@
 """Which layers of a model a policy names, and whether they can be converted at all: checked before any work."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +17,7 @@ from blockdiag.modules import BlockDiagLinear
 # How layers are named: a glob on module names, a regular expression to search them for, several of these, a mapping of
 # these to a setting, or a function of name and layer that returns whether to convert it, or its setting.
 Pattern = str | re.Pattern[str]
-Policy = Pattern | Iterable[Pattern] | Mapping[Pattern, int] | Callable[[str, Any], bool | int | None]
+Policy = Pattern | Sequence[Pattern] | Mapping[Pattern, int] | Callable[[str, Any], bool | int | None]
 
 LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)  # the latter is nn.MultiheadAttention's out_proj
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
