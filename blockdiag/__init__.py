@@ -1,7 +1,7 @@
 """Block-diagonal linear layers for PyTorch: many independent linear layers as one operation."""
 
 from blockdiag._load import extension
-from blockdiag.conversion import factorize, lower_rank, replace_linear, stack_linears, stack_models
+from blockdiag.conversion import factorize, lower_rank, replace_linear, split_attention, stack_linears, stack_models
 from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
 from blockdiag.flops import register_flop_formulas
 from blockdiag.functional import linear
@@ -19,6 +19,7 @@ __all__ = [
     "linear",
     "lower_rank",
     "replace_linear",
+    "split_attention",
     "stack_linears",
     "stack_models",
 ]

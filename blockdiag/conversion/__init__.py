@@ -1,5 +1,6 @@
 """From dense models to block-diagonal and factorised ones, and back."""
 
+from blockdiag.conversion.attention import SplitAttention, split_attention
 from blockdiag.conversion.convert import Conversion
 from blockdiag.conversion.factorize import factorize, lower_rank
 from blockdiag.conversion.replace import replace_linear
@@ -11,11 +12,13 @@ __all__ = [
     "ConversionReport",
     "Cost",
     "LayerReport",
+    "SplitAttention",
     "StackedModel",
     "Step",
     "factorize",
     "lower_rank",
     "replace_linear",
+    "split_attention",
     "stack_linears",
     "stack_models",
 ]

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +80,20 @@ def _collect(
     return moments, {layer: tuple(shape) for layer, shape in shapes.items()}
 
 
+def working_copy(model: nn.Module, optimizers: Sequence[Optimizer], inplace: bool) -> nn.Module:
+    """The model to work on: itself, or a copy.
+
+    Raises:
+        ValueError: there are optimizers of a copy, or of another model.
+    """
+    if optimizers and not inplace:
+        raise ValueError("optimizers hold the parameters of the model itself, not of a copy: pass inplace=True")
+    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    if optimizers and not held & set(model.parameters()):
+        raise ValueError("the optimizers hold no parameter of the model")
+    return model if inplace else copy.deepcopy(model)
+
+
 def convert(
     model: nn.Module,
     select: Callable[[nn.Module], tuple[list[Selected], dict[str, str]]],
@@ -98,15 +112,10 @@ def convert(
     ``finish`` sees all changes before they are made, and returns more replacements, of layers beside them.
     """
     bound = as_optimizers(optimizers)
-    if bound and not inplace:
-        raise ValueError("optimizers hold the parameters of the model itself, not of a copy: pass inplace=True")
-    held = {parameter for optimizer in bound for group in optimizer.param_groups for parameter in group["params"]}
-    if bound and not held & set(model.parameters()):
-        raise ValueError("the optimizers hold no parameter of the model")
     wrapper, bare = model, unwrap(model)
     chosen, skipped = select(bare)  # before the copy, which takes time: bad input is reported at once
-    if not inplace and not dry_run:
-        bare = copy.deepcopy(bare)
+    bare = working_copy(bare, bound, inplace or dry_run)
+    if bare is not unwrap(model):
         chosen, skipped = select(bare)
     for selected in chosen:
         if "" in (name for names in selected.names for name in names):
@@ -144,7 +153,7 @@ def _report_on(
     new = change.replacement.new
     before = after = None
     if measure is not None and (old in shapes or hasattr(old, "in_features")):
-        shape = shapes[old] if old in shapes else (measure, old.in_features)
+        shape = shapes.get(old) or (measure, old.in_features)
         before, after = measure_pair(old, new, shape)
     return LayerReport(
         name=change.replacement.names[0],

@@ -61,7 +61,8 @@ def factorize(
     operations among all selected layers, each next rank to where it takes away the most error for its operations.
 
     Layers inside :class:`torch.nn.MultiheadAttention`, which reads its output projection's weight instead of calling
-    it, save parameters but no operations there: the dense weight is multiplied out in every call.
+    it, save parameters but no operations there: the dense weight is multiplied out in every call. Apply
+    :func:`~blockdiag.split_attention` first.
 
     Everything is built beside the model; it and its optimizers change at the end, all or nothing. See
     :func:`~blockdiag.replace_linear` for what carries over, and for the arguments not described here.

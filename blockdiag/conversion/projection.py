@@ -42,8 +42,7 @@ def spectrum(weight: Tensor, num_blocks: tuple[int, int], second: Tensor | None)
         return torch.linalg.svdvals(blocks).square().sum((0, 1))
     in_blocks, in_block = num_blocks[0], blocks.shape[-1]
     own = torch.stack([second[i : i + in_block, i : i + in_block] for i in range(0, in_blocks * in_block, in_block)])
-    energies = torch.linalg.eigvalsh(blocks @ own @ blocks.mH).flip(-1).clamp(min=0)
-    return energies[..., : min(blocks.shape[-2:])].sum((0, 1))
+    return _principal_outputs(blocks, own)[1].sum((0, 1))
 
 
 def _submatrices(weight: Tensor, num_blocks: tuple[int, int]) -> Tensor:
@@ -69,8 +68,23 @@ def _reduced_rank(target: Tensor, second: Tensor | None, rank: int) -> tuple[Ten
         left, values, right = torch.linalg.svd(target, full_matrices=False)
         root = values[..., :rank].sqrt()
         return left[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * right[..., :rank, :]
-    up = torch.linalg.eigh(target @ second @ target.mH).eigenvectors[..., -rank:]
+    up = _principal_outputs(target, second)[0][..., :rank]
     return up, up.mH @ target
+
+
+def _principal_outputs(matrix: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The directions of the outputs' variance, largest first, and how much there is in each, for every possible rank.
+
+    By the eigenvectors of the outputs' second moment, or where there are more outputs than inputs, by the singular
+    vectors of the matrix times a root of the inputs' one.
+    """
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        values, vectors = torch.linalg.eigh(matrix @ second @ matrix.mH)
+        return vectors.flip(-1), values.flip(-1).clamp(min=0)
+    values, vectors = torch.linalg.eigh(second)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    directions, singular, _ = torch.linalg.svd(matrix @ root, full_matrices=False)
+    return directions, singular.square()
 
 
 def monarch(

@@ -88,14 +88,18 @@ def _check(name: str, layer: Any) -> None:
         raise ValueError(f"'{name}' is quantized: convert the model first, then quantize it")
     if parametrize.is_parametrized(layer):
         raise ValueError(f"'{name}' is parametrized: remove it by torch.nn.utils.parametrize.remove_parametrizations")
-    parameters = dict(layer.named_parameters())
     own = dict(layer.named_parameters(recurse=False))
     if not isinstance(layer, CONVERTED) and set(own) != ({"weight"} if layer.bias is None else {"weight", "bias"}):
         raise ValueError(
             f"'{name}' has parameters {sorted(own)} in place of weight and bias: remove pruning or weight and spectral "
             "normalisation first"
         )
-    for key, parameter in parameters.items():
+    check_parameters(name, layer)
+
+
+def check_parameters(name: str, layer: nn.Module) -> None:
+    """Raises if a parameter is not one of plain finite numbers, or has hooks."""
+    for key, parameter in layer.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"'{name}' is lazy, its sizes not known yet: run the model on a batch first")
         if parameter.is_meta:
@@ -164,14 +168,14 @@ def select(model: nn.Module, policy: Policy, kinds: tuple[type, ...]) -> tuple[l
     if not chosen:
         reasons = "".join(f"; '{name}': {reason}" for name, reason in skipped.items())
         raise ValueError(f"the policy matches no layer that could be converted{hint}{reasons}")
-    _check_sharing(model, chosen)
+    check_sharing(model, {layer: selected.name for layer, selected in chosen.items()})
     return list({id(selected): selected for selected in chosen.values()}.values()), skipped
 
 
-def _check_sharing(model: nn.Module, chosen: Mapping[nn.Module, Selected]) -> None:
-    """Raises if a parameter to be replaced belongs to a module that stays too, as an embedding's may."""
-    inside = {part for layer in chosen for part in layer.modules()}
-    replaced = {parameter: selected.name for layer, selected in chosen.items() for parameter in layer.parameters()}
+def check_sharing(model: nn.Module, names: Mapping[nn.Module, str]) -> None:
+    """Raises if a parameter of these layers belongs to a module that is to stay too, as an embedding's may."""
+    inside = {part for layer in names for part in layer.modules()}
+    replaced = {parameter: name for layer, name in names.items() for parameter in layer.parameters()}
     for name, module in model.named_modules():
         if module in inside:
             continue
@@ -189,7 +193,7 @@ def has_parameters_to_itself(model: nn.Module, layer: nn.Module) -> bool:
         return False
     try:
         _check("", layer)
-        _check_sharing(model, {layer: Selected(None, [layer], [[""]])})
+        check_sharing(model, {layer: ""})
     except ValueError:
         return False
     return True

@@ -1,0 +1,175 @@
+"""torch.nn.MultiheadAttention with its projections as layers, which then can be converted as any others."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from blockdiag.conversion.convert import fill, working_copy
+from blockdiag.conversion.select import check_parameters, check_sharing
+from blockdiag.conversion.surgery import Heir, Replacement, as_optimizers, commit, rewrap, unwrap
+
+
+class SplitAttention(nn.Module):
+    """What :class:`torch.nn.MultiheadAttention` computes, with its four projections as layers of their own.
+
+    That module keeps the projections of queries, keys and values as one parameter, and reads the weight of the output's
+    one: none of them is called as a layer. Here all are.
+
+    Args:
+        attention: the module to take sizes and options from; not its parameters.
+
+    Shape:
+        - Inputs and outputs: those of :class:`torch.nn.MultiheadAttention`, with the same arguments.
+
+    Attributes:
+        q_proj, k_proj, v_proj, out_proj: the projections, :class:`torch.nn.Linear`.
+        bias_k, bias_v: of shape ``(1, 1, embed_dim)``, added to the sequences of keys and values; or ``None``.
+    """
+
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    in_proj_bias = None  # tells torch.nn.TransformerEncoderLayer not to look for one weight of all projections
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
+        self.dropout, self.batch_first = attention.dropout, attention.batch_first
+        self.add_zero_attn = attention.add_zero_attn
+        self._qkv_same_embed_dim = False
+        weight, bias = attention.out_proj.weight, attention.in_proj_bias is not None
+        options: dict[str, Any] = {"bias": bias, "device": weight.device, "dtype": weight.dtype}
+        self.q_proj = nn.Linear(attention.embed_dim, attention.embed_dim, **options)
+        self.k_proj = nn.Linear(attention.kdim, attention.embed_dim, **options)
+        self.v_proj = nn.Linear(attention.vdim, attention.embed_dim, **options)
+        self.out_proj = nn.Linear(attention.embed_dim, attention.embed_dim, **options)
+        for name in ("bias_k", "bias_v"):
+            given = getattr(attention, name)
+            self.register_parameter(name, None if given is None else nn.Parameter(torch.empty_like(given)))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.expand(len(k), 1, -1)], dim=1)
+            v = torch.cat([v, self.bias_v.expand(len(v), 1, -1)], dim=1)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        mask = self._mask(q, k, key_padding_mask, attn_mask)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            output = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            output = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        output = self.out_proj(output.transpose(1, 2).flatten(2))
+        if not batched:
+            return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+        """Both masks as one to add to the scores (batch, heads, queries, keys); what was appended is not masked."""
+
+        def additive(mask: Tensor) -> Tensor:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
+            return F.pad(mask.to(q.dtype), (0, k.shape[2] - mask.shape[-1]))
+
+        masks = []
+        if attn_mask is not None:
+            mask = additive(attn_mask)
+            masks.append(mask.unflatten(0, (q.shape[0], self.num_heads)) if mask.dim() == 3 else mask)
+        if padding is not None:
+            masks.append(additive(padding)[:, None, None, :])
+        return None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
+
+
+def split_attention(
+    model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (), inplace: bool = False
+) -> nn.Module:
+    """Replaces every :class:`torch.nn.MultiheadAttention` of a model by a :class:`SplitAttention` of the same outputs.
+
+    Its projections are then layers, which :func:`~blockdiag.replace_linear` and :func:`~blockdiag.factorize` convert as
+    any others, with calibration, and with all that saves.
+
+    Args:
+        model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped anew: use what is returned.
+        optimizers: optimizers of the model, rebound to the new parameters with all of their state. Needs ``inplace``.
+        inplace: whether to change the model itself. Default: a copy.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: there is no such module in it, or it is the model itself; or a parameter of one is on the meta
+            device, not finite, or shared with another module.
+    """
+    bound = as_optimizers(optimizers)
+    names: dict[nn.Module, list[str]] = {}
+    bare = working_copy(unwrap(model), bound, inplace)
+    for name, module in bare.named_modules(remove_duplicate=False):
+        if type(module) is nn.MultiheadAttention:
+            names.setdefault(module, []).append(name)
+    if not names or bare in names:
+        raise ValueError("split_attention: expected a model with torch.nn.MultiheadAttention inside")
+    for module, where in names.items():
+        check_parameters(where[0], module)
+    check_sharing(bare, {module: where[0] for module, where in names.items()})
+    commit(bare, [_split(attention, where) for attention, where in names.items()], bound)
+    return rewrap(model, bare)
+
+
+def _split(old: Any, names: list[str]) -> Replacement:
+    new: Any = SplitAttention(old).train(old.training)
+    heirs: dict[nn.Parameter, list[Heir]] = {}
+
+    def inherit(parameter: nn.Parameter, name: str, part: int | None = None) -> None:
+        """The parameter of that name from the given one, or from a third of it."""
+
+        def gather(tensor: Tensor) -> Tensor:
+            return tensor if part is None else tensor.chunk(3)[part]
+
+        heir = new.get_parameter(name).requires_grad_(parameter.requires_grad)
+        fill(heir, gather(parameter.detach()))
+        heirs.setdefault(parameter, []).append(Heir(name, heir, gather))
+
+    for part, name in enumerate("qkv"):
+        if old._qkv_same_embed_dim:
+            inherit(old.in_proj_weight, f"{name}_proj.weight", part)
+        else:
+            inherit(getattr(old, f"{name}_proj_weight"), f"{name}_proj.weight")
+        if old.in_proj_bias is not None:
+            inherit(old.in_proj_bias, f"{name}_proj.bias", part)
+    for name, parameter in old.out_proj.named_parameters():
+        inherit(parameter, f"out_proj.{name}")
+    for name in ("bias_k", "bias_v"):
+        if getattr(old, name) is not None:
+            inherit(getattr(old, name), name)
+    return Replacement(names, old, new, heirs)
