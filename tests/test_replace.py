@@ -68,7 +68,7 @@ def test_folded_permutations_change_nothing():
     """Between layers of one nn.Sequential permutations meet or are taken over; the function stays the same."""
     torch.manual_seed(1)
     model = mlp(8, 16, 16, 16, 16, 8)
-    model.insert(3, nn.Sequential(nn.Identity()))  # no elementwise function by its type: nothing passes it
+    model.insert(3, nn.Sequential(nn.Softmax(-1)))  # no elementwise function: nothing passes it
     x = torch.randn(50, 8, dtype=torch.float64)
     unfolded = copy.deepcopy(model)
     for module in model:
@@ -86,6 +86,48 @@ def test_folded_permutations_change_nothing():
     # leaves "2" and enters "5" has to stay.
     assert permutations(folded) == 3
     assert not torch.equal(folded[0].weight, model[0].weight)
+
+
+class Block(nn.Module):
+    """Two linear layers with what is between them in a forward; `kind` says how they are used."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.up, self.down = nn.Linear(8, 16, dtype=torch.float64), nn.Linear(16, 8, dtype=torch.float64)
+
+    def forward(self, x):
+        hidden = nn.functional.dropout(nn.functional.gelu(self.up(x)).tanh(), 0.0, self.training)
+        output = self.down(hidden)
+        if self.kind == "used twice":
+            output = output + hidden.sum(-1, keepdim=True)
+        elif self.kind == "called twice":
+            output = output + self.down(hidden.softmax(-1))
+        elif self.kind == "weight read":
+            output = output + self.down.weight.sum()
+        elif self.kind == "other in training" and self.training:
+            output = output * hidden[..., :1]
+        elif self.kind == "depends on data" and x.sum() > 0:
+            output = -output
+        return output
+
+
+@pytest.mark.parametrize(
+    ("kind", "folded"),
+    [("chain", True)]
+    + [(kind, False) for kind in ("used twice", "called twice", "weight read", "other in training", "depends on data")],
+)
+def test_permutations_are_folded_where_a_forward_leads_from_layer_to_layer(kind, folded):
+    model, x = nn.Sequential(Block(kind), nn.Linear(8, 8, dtype=torch.float64)), torch.randn(20, 8, dtype=torch.float64)
+    new, _ = replace_linear(model, "0.*", num_blocks=4, permute=True, progress=False)
+    assert (new[0].up.output_permutation is None) == folded
+    hooked = copy.deepcopy(model)
+    for module in hooked.modules():
+        module.register_forward_hook(lambda *_: None)
+    expected, _ = replace_linear(hooked, "0.*", num_blocks=4, permute=True, progress=False)
+    for mode in (True, False):
+        torch.testing.assert_close(new.train(mode)(x), expected.train(mode)(x))
+        torch.testing.assert_close(new(-x), expected(-x))
 
 
 @pytest.mark.parametrize(

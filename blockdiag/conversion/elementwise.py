@@ -1,13 +1,24 @@
-"""Modules that treat every element by itself, whatever the shape."""
+"""Modules and functions that treat every element by itself, whatever the shape."""
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
-_ELEMENTWISE = (
+_MODULES = (
     nn.CELU, nn.Dropout, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity,
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
     nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
 
+# As torch.fx records them: functions, and names of tensor methods.
+ELEMENTWISE_FUNCTIONS = {
+    F.celu, F.dropout, F.elu, F.gelu, F.hardshrink, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.logsigmoid,
+    F.mish, F.relu, F.relu6, F.selu, F.sigmoid, F.silu, F.softplus, F.softshrink, F.softsign, F.tanh, F.tanhshrink,
+    torch.relu, torch.sigmoid, torch.square, torch.tanh, "relu", "sigmoid", "square", "tanh",
+}  # fmt: skip
+
 
 def is_elementwise(module: nn.Module) -> bool:
-    return type(module) in _ELEMENTWISE
+    """Whether it is such a module, and nobody looks on by hooks."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in _MODULES and not any(hooks)

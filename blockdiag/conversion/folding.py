@@ -1,46 +1,86 @@
 """Permutations between layers that a neighbour can take over, or that cancel out."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from blockdiag.conversion.convert import Change
-from blockdiag.conversion.elementwise import is_elementwise
+from blockdiag.conversion.elementwise import ELEMENTWISE_FUNCTIONS, is_elementwise
 from blockdiag.conversion.select import has_parameters_to_itself
 from blockdiag.conversion.surgery import Gather, Heir, Replacement
 from blockdiag.factors import PermutedBlockDiagLinear
 
 
+def _trace(parent: nn.Module) -> list[fx.Graph]:
+    """What the module's forward does, in training and in eval mode; nothing if that depends on its input."""
+    graphs = []
+    training = parent.training
+    try:
+        for parent.training in (True, False):
+            graphs.append(fx.Tracer().trace(parent))
+    except Exception:  # tracing runs the user's code, on what is no tensor: anything may come of it
+        return []
+    finally:
+        parent.training = training
+    return graphs
+
+
+def _followed_by(parent: nn.Module, graph: fx.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The layer whose only input each layer's output is, if it is, through elementwise functions at most."""
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+
+    def is_layer(node: fx.Node) -> bool:
+        return node.target in layers and calls.count(node.target) == 1 and node.target not in read
+
+    def elementwise(node: fx.Node) -> bool:
+        if len(node.all_input_nodes) != 1:
+            return False
+        if node.op == "call_module":
+            return is_elementwise(parent.get_submodule(str(node.target)))
+        return node.op in ("call_function", "call_method") and node.target in ELEMENTWISE_FUNCTIONS
+
+    followers = {}
+    for start in graph.nodes:
+        if start.op != "call_module" or not is_layer(start):
+            continue
+        node = start
+        while len(node.users) == 1:
+            (node,) = node.users
+            if node.op == "call_module" and is_layer(node):
+                followers[str(start.target)] = str(node.target)
+                break
+            if not elementwise(node):
+                break
+    return followers
+
+
 def _pairs(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
     """Linear layers of which one's output is nothing but the other's input, through elementwise functions at most.
 
-    That is known in an nn.Sequential only, of modules that are used nowhere else, with nobody looking on by hooks.
+    Among the children of one module, by a trace of its forward; of layers that are used nowhere else, with nobody
+    looking on by hooks.
     """
     uses: dict[nn.Module, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         uses[module] = uses.get(module, 0) + 1
+
+    def is_private(module: nn.Module) -> bool:
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        return uses[module] == 1 and not any(hooks)
+
     pairs: list[tuple[str, nn.Module, str, nn.Module]] = []
-    for path, sequence in model.named_modules():
-        if type(sequence) is not nn.Sequential:
-            continue
-        last: tuple[str, nn.Module] | None = None
-        for key, module in sequence.named_children():
-            hooks = (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-            private = uses[module] == 1 and not any(hooks)
-            if private and isinstance(module, nn.Linear):
-                name = f"{path}.{key}" if path else key
-                if last is not None:
-                    pairs.append((*last, name, module))
-                last = (name, module)
-            elif not (private and is_elementwise(module)):
-                last = None
+    for path, parent in model.named_modules():
+        children = dict(parent.named_children())
+        layers = {key: child for key, child in children.items() if isinstance(child, nn.Linear) and is_private(child)}
+        graphs = _trace(parent) if len(layers) > 1 else []
+        followers = [_followed_by(parent, graph, layers) for graph in graphs]
+        if followers and all(f == followers[0] for f in followers):
+            prefix = f"{path}." if path else ""
+            pairs += [(prefix + a, layers[a], prefix + b, layers[b]) for a, b in followers[0].items()]
     return pairs
 
 

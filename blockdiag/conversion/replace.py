@@ -41,9 +41,9 @@ def replace_linear(
     least squares. A step that does not help is not taken. Whether the model still works must be measured, and most need
     training afterwards.
 
-    Permutations are folded into neighbours where the model's structure tells that it changes nothing: between linear
-    layers of one :class:`torch.nn.Sequential` with elementwise activations between them. Features between such layers
-    come in another order.
+    Permutations are merged, or folded into neighbours, where that changes nothing: between linear layers of one module
+    whose forward, as :mod:`torch.fx` traces it, has only elementwise functions between them. Features between such
+    layers come in another order.
 
     Everything is built beside the model; it and its optimizers change at the end, all or nothing. Module hooks,
     training mode, ``requires_grad``, dtype and device carry over, shared layers and shared weights stay shared.
