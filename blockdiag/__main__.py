@@ -37,7 +37,7 @@ def report() -> dict[str, str]:
         "GPUs": ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in gpus) or "none",
     }
     if "cublas" in built:
-        lines["cuBLAS"] = built["cublas"]
+        lines["cuBLAS"] = f"{built['cublas']}; GEMM by {built['cuda_gemm']}"
     variables = (
         "ATEN_CPU_CAPABILITY",
         "BLOCKDIAG_CPU_GEMM",

@@ -8,6 +8,7 @@
 #   report.txt              versions, devices, driver
 #   build.log, tests.log    what the build and the tests printed
 #   timing.log, timing.json the tables, and all numbers with device, driver, torch, cuBLAS and commit
+#   *-cublaslt.*            the same with BLOCKDIAG_CUDA_GEMM=cublaslt
 #
 # Takes under 9 minutes; every part has a limit of its own, and a part that fails does not keep the others from running.
 # Exits with 0 only if all parts passed.
@@ -43,17 +44,26 @@ grep -E "^blockdiag .*building" "$out/build.log"
 } 2>&1 | tee "$out/report.txt"
 
 echo "== tests"
-FAIL_WITHOUT_CUDA=1 FAIL_WITHOUT_CUDA_BUILD=1 timeout 200 \
-  python3 -m pytest -q -p no:cacheprovider -k cuda >"$out/tests.log" 2>&1 || failed+=(tests)
+export FAIL_WITHOUT_CUDA=1 FAIL_WITHOUT_CUDA_BUILD=1
+timeout 170 python3 -m pytest -q -p no:cacheprovider -k cuda >"$out/tests.log" 2>&1 || failed+=(tests)
 tail -n 25 "$out/tests.log"
+
+echo "== tests with cuBLASLt"
+BLOCKDIAG_CUDA_GEMM=cublaslt timeout 80 python3 -m pytest -q -p no:cacheprovider -k cuda tests/test_linear.py \
+  tests/test_random.py tests/test_autograd.py tests/test_cuda.py >"$out/tests-cublaslt.log" 2>&1 ||
+  failed+=(tests-cublaslt)
+tail -n 25 "$out/tests-cublaslt.log"
 
 echo "== timing"
 # The other ways to write the layer are timed in the full run. INT is Ctrl-C: what was measured until then is kept.
-timeout --signal=INT --kill-after=10 190 python3 -m benchmarks --device cuda --rounds 7 --max-minutes 2.5 \
-  --contestants dense einsum baddbmm bmm_out grouped_mm --output "$out/timing.json" \
-  >"$out/timing.log" 2>"$out/timing.err" || failed+=(timing)
-cat "$out/timing.log"
-[ -s "$out/timing.json" ] || tail -n 20 "$out/timing.err"
+time_it() { # LIMIT MINUTES NAME CONTESTANT...
+  timeout --signal=INT --kill-after=10 "$1" python3 -m benchmarks --device cuda --rounds 7 --max-minutes "$2" \
+    --contestants "${@:4}" --output "$out/$3.json" >"$out/$3.log" 2>"$out/$3.err" || failed+=("$3")
+  cat "$out/$3.log"
+  [ -s "$out/$3.json" ] || tail -n 20 "$out/$3.err"
+}
+time_it 110 1.3 timing dense einsum baddbmm bmm_out grouped_mm
+BLOCKDIAG_CUDA_GEMM=cublaslt time_it 55 0.6 timing-cublaslt dense baddbmm
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

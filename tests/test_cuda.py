@@ -1,6 +1,8 @@
 """What only a GPU, or a build with CUDA, can show."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,6 +62,16 @@ class TestBuild:
 
     def test_reports_cublas(self):
         assert blockdiag.build_info()["cublas"].startswith("built with ")
+
+    @pytest.mark.parametrize("gemm", ["", "cublas", "cublaslt", "fastest"])
+    def test_choice_of_gemm(self, gemm):
+        environment = {**os.environ, "BLOCKDIAG_CUDA_GEMM": gemm} if gemm else os.environ
+        command = [sys.executable, "-c", "import blockdiag; print(blockdiag.build_info()['cuda_gemm'])"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        if gemm == "fastest":
+            assert 'expected BLOCKDIAG_CUDA_GEMM to be one of [cublas, cublaslt], but got "fastest"' in result.stderr
+        else:
+            assert result.stdout.strip() == (gemm or "cublas"), result.stderr
 
 
 @pytest.mark.cuda

@@ -1,68 +1,15 @@
 #include "gemm.h"
 
+#include "cublas.h"
+
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
-#include <c10/core/ScalarType.h>
-#include <c10/util/Exception.h>
-
-#include <cublas_v2.h>
+#include <c10/util/env.h>
 
 #include <algorithm>
 
 namespace blockdiag::cuda {
 namespace {
-
-void check_status(cublasStatus_t status, const char* function, const Gemm& gemm, c10::ScalarType dtype) {
-  TORCH_CHECK(
-      status == CUBLAS_STATUS_SUCCESS,
-      "blockdiag: ",
-      function,
-      " returned ",
-      cublasGetStatusName(status),
-      " for a ",
-      c10::getDtypeNames(dtype).first,
-      " GEMM of m = ",
-      gemm.m,
-      ", n = ",
-      gemm.n,
-      ", k = ",
-      gemm.k,
-      ", batch = ",
-      gemm.batch,
-      ", lda = ",
-      gemm.a.ld,
-      ", ldb = ",
-      gemm.b.ld,
-      ", ldc = ",
-      gemm.c.ld
-  );
-}
-
-/// How cuBLAS is told of a dtype: half types are accumulated in float32.
-struct Types {
-  cudaDataType_t data;
-  cublasComputeType_t compute;
-};
-
-Types types_of(c10::ScalarType dtype, bool tf32) {
-  const auto compute_float = tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
-  switch (dtype) {
-    case at::kHalf:
-      return {CUDA_R_16F, CUBLAS_COMPUTE_32F};
-    case at::kBFloat16:
-      return {CUDA_R_16BF, CUBLAS_COMPUTE_32F};
-    case at::kFloat:
-      return {CUDA_R_32F, compute_float};
-    case at::kDouble:
-      return {CUDA_R_64F, CUBLAS_COMPUTE_64F};
-    case at::kComplexFloat:
-      return {CUDA_C_32F, compute_float};
-    case at::kComplexDouble:
-      return {CUDA_C_64F, CUBLAS_COMPUTE_64F};
-    default:
-      TORCH_INTERNAL_ASSERT(false, "the check lets no other dtype pass");
-  }
-}
 
 /// Adds to the handle's math mode, for as long as it lives, that half products are not to be reduced in half precision if
 /// torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction says so.
@@ -185,6 +132,20 @@ void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void
         dtype
     );
   }
+}
+
+const std::string& gemm_library() {
+  static const std::string chosen = [] {
+    const auto asked = c10::utils::get_env("BLOCKDIAG_CUDA_GEMM").value_or("cublas");
+    TORCH_CHECK(
+        asked == "cublas" || asked == "cublaslt",
+        "blockdiag: expected BLOCKDIAG_CUDA_GEMM to be one of [cublas, cublaslt], but got \"",
+        asked,
+        "\""
+    );
+    return asked;
+  }();
+  return chosen;
 }
 
 std::string cublas_versions() {

@@ -9,6 +9,13 @@ namespace {
 
 void run_gemm(const Pass& pass, const at::Tensor& result) {
   const bool has_bias = pass.bias.defined();
+  if (cuda::gemm_library() == "cublaslt") {
+    const void* bias = has_bias ? pass.bias.const_data_ptr() : nullptr;
+    const void *a = pass.a.const_data_ptr(), *b = pass.b.const_data_ptr();
+    if (cuda::run_lt_gemm(pass.gemm, result.scalar_type(), a, b, bias, result.mutable_data_ptr())) {
+      return;
+    }
+  }
   if (has_bias) {
     // The GEMM adds to it: no second pass over the result, and no rounding between product and bias.
     result.view({-1, pass.bias.numel()}).copy_(pass.bias.view(-1));

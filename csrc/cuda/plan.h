@@ -1,0 +1,109 @@
+// What the choice of a cuBLASLt algorithm depends on, and where choices are kept. Free of CUDA and of torch: tested on a CPU.
+#pragma once
+
+#include "../gemm.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+
+namespace blockdiag::cuda {
+
+/// The largest power of two, up to 256, that divides the address of every block's first element.
+inline int64_t alignment(uint64_t address, int64_t stride_bytes, int64_t batch) {
+  const uint64_t bits = address | (batch > 1 ? static_cast<uint64_t>(stride_bytes) : 0) | 256;
+  return int64_t{1} << std::countr_zero(bits);
+}
+
+/// Everything that cuBLASLt's heuristic reads of a problem; equal problems have one plan.
+struct Problem {
+  Gemm gemm;
+  int64_t device, dtype, compute_type;
+  bool bias, any_reduction;          // bias added; sums may be split in any way, in the output's precision too
+  std::array<int64_t, 4> alignments; // of A, B, C and the bias
+  int64_t workspace;                 // bytes allowed
+
+  using Key = std::array<int64_t, 24>;
+
+  Key key() const {
+    const auto& [a, b, c] = std::tie(gemm.a, gemm.b, gemm.c);
+    return {
+        gemm.m, gemm.n,        gemm.k,        gemm.batch,    a.transpose,   a.ld,          a.stride,  b.transpose,
+        b.ld,   b.stride,      c.transpose,   c.ld,          c.stride,      device,        dtype,     compute_type,
+        bias,   any_reduction, alignments[0], alignments[1], alignments[2], alignments[3], workspace,
+    };
+  }
+};
+
+/// FNV-1a, 64 bits, over the numbers of a key (http://www.isthe.com/chongo/tech/comp/fnv/).
+struct KeyHash {
+  size_t operator()(const Problem::Key& key) const {
+    uint64_t hash = 0xcbf29ce484222325;
+    for (const int64_t number : key) {
+      for (int shift = 0; shift < 64; shift += 8) {
+        hash = (hash ^ ((static_cast<uint64_t>(number) >> shift) & 0xff)) * 0x100000001b3;
+      }
+    }
+    return static_cast<size_t>(hash);
+  }
+};
+
+/// At most `capacity` values by key, of which the longest unused go first. Safe to use from several threads.
+template <typename Key, typename Value, typename Hash>
+class LruCache {
+ public:
+  explicit LruCache(size_t capacity) : capacity_(capacity) {}
+
+  /// The value of the key, made by `make` if there is none: outside of the lock, so that a slow or failing one holds up
+  /// nobody, and leaves nothing. Of several threads that make one the first's is kept.
+  template <typename Make>
+  std::shared_ptr<const Value> get(const Key& key, const Make& make) {
+    if (auto found = find(key)) {
+      return found;
+    }
+    auto made = std::make_shared<const Value>(make());
+    const std::lock_guard lock(mutex_);
+    if (const auto known = index_.find(key); known != index_.end()) {
+      return known->second->second;
+    }
+    entries_.emplace_front(key, std::move(made));
+    index_.emplace(key, entries_.begin());
+    if (entries_.size() > capacity_) {
+      index_.erase(entries_.back().first);
+      entries_.pop_back();
+    }
+    return entries_.front().second;
+  }
+
+  size_t size() const {
+    const std::lock_guard lock(mutex_);
+    return entries_.size();
+  }
+
+ private:
+  using Entry = std::pair<Key, std::shared_ptr<const Value>>;
+
+  std::shared_ptr<const Value> find(const Key& key) {
+    const std::lock_guard lock(mutex_);
+    const auto known = index_.find(key);
+    if (known == index_.end()) {
+      return nullptr;
+    }
+    entries_.splice(entries_.begin(), entries_, known->second);
+    return known->second->second;
+  }
+
+  size_t capacity_;
+  mutable std::mutex mutex_;
+  std::list<Entry> entries_; // the last used first
+  std::unordered_map<Key, typename std::list<Entry>::iterator, Hash> index_;
+};
+
+} // namespace blockdiag::cuda
