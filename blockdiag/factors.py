@@ -278,10 +278,8 @@ class PermutedBlockDiagLinear(BlockDiagLinear):
             self.register_buffer(f"{name}_permutation", permutation)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.input_permutation is not None:
-            input = input.index_select(-1, self.input_permutation)
-        output = linear(input, self.weight, self.bias)
-        return output if self.output_permutation is None else output.index_select(-1, self.output_permutation)
+        output = linear(_permuted(input, self.input_permutation), self.weight, self.bias)
+        return _permuted(output, self.output_permutation)
 
     def to_dense(self) -> nn.Linear:
         """One :class:`torch.nn.Linear` that computes the same."""
@@ -305,6 +303,15 @@ class PermutedBlockDiagLinear(BlockDiagLinear):
     def extra_repr(self) -> str:
         permuted = [name for name in ("input", "output") if getattr(self, f"{name}_permutation") is not None]
         return f"{super().extra_repr()}, permuted={' and '.join(permuted) or None}"
+
+
+def _permuted(features: Tensor, permutation: Tensor | None) -> Tensor:
+    """The last dimension in another order."""
+    if permutation is None:
+        return features
+    # index_select is ten times as fast on matrices as on tensors of more dimensions.
+    rows = features.flatten(0, -2) if features.dim() > 2 else features
+    return rows.index_select(-1, permutation).view(features.shape)
 
 
 def near_square_blocks(features: int) -> int:

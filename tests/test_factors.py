@@ -84,6 +84,9 @@ def test_permuted(permuted, device):
     order_in, order_out = (torch.arange(n) if o is None else o for n, o in zip((12, 8), orders.values(), strict=True))
     torch.testing.assert_close(layer(x), blocks(x[:, order_in])[:, order_out])
     torch.testing.assert_close(layer.to_dense()(x), layer(x))
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])
+    torch.testing.assert_close(layer(x.view(5, 1, 12)), layer(x).view(5, 1, 8))
+    assert layer(x[:0].view(0, 3, 12)).shape == (0, 3, 8)
     other = PermutedBlockDiagLinear(
         12, 8, 4, **{k: o if o is None else torch.arange(len(o)) for k, o in orders.items()}
     )
