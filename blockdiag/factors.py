@@ -269,6 +269,7 @@ class PermutedBlockDiagLinear(BlockDiagLinear):
         permutations = {"input": (input_permutation, in_features), "output": (output_permutation, out_features)}
         for name, (permutation, features) in permutations.items():
             if permutation is not None:
+                permutation = torch.as_tensor(permutation)
                 if not torch.equal(permutation.sort().values.cpu(), torch.arange(features)):
                     raise ValueError(
                         f"PermutedBlockDiagLinear: expected {name}_permutation to be a permutation of 0 to "
@@ -293,6 +294,10 @@ class PermutedBlockDiagLinear(BlockDiagLinear):
                     dense.bias.copy_(dense.bias[self.output_permutation])
         return dense
 
+    def to_linears(self) -> list[nn.Linear]:
+        """Not available: separate layers have no permutations. Those of the blocks: ``unpermuted().to_linears()``."""
+        raise NotImplementedError("PermutedBlockDiagLinear: use unpermuted().to_linears(), without the permutations")
+
     def unpermuted(self) -> BlockDiagLinear:
         """The layer of the blocks alone, with the same parameters, not copies."""
         with torch.device("meta"):
@@ -309,6 +314,11 @@ def _permuted(features: Tensor, permutation: Tensor | None) -> Tensor:
     """The last dimension in another order."""
     if permutation is None:
         return features
+    if features.shape[-1] != len(permutation):
+        raise ValueError(
+            f"PermutedBlockDiagLinear: expected the last dimension to be {len(permutation)}, but got the shape "
+            f"{tuple(features.shape)}"
+        )
     # index_select is ten times as fast on matrices as on tensors of more dimensions.
     rows = features.flatten(0, -2) if features.dim() > 2 else features
     return rows.index_select(-1, permutation).view(features.shape)

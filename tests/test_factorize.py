@@ -155,7 +155,27 @@ def test_an_error_that_no_rank_reaches_leaves_the_layer():
     model = mlp(16, 16)
     with pytest.warns(UserWarning, match="nothing was converted"):
         _, report = factorize_all(model, max_error=0.01)
-    assert "would not save operations" in report.skipped["0"]
+    assert "no rank that saves operations (up to 7) has an error of at most 0.01" in report.skipped["0"]
+
+
+def test_an_estimate_of_the_rank_is_no_reason_to_give_up():
+    """Inputs that nearly cancel: what the submatrices' spectra tell is far off, and rank 1 is enough."""
+    weight, low = torch.randn(64, 32), torch.randn(64, 1) @ torch.randn(1, 32)
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].weight.data = torch.cat([weight, low - weight], 1)
+    x = torch.randn(2000, 32)
+    x = torch.cat([x, x + 1e-4 * torch.randn(2000, 32)], 1)
+    new, report = factorize_all(model, method="monarch", num_blocks=2, max_error=0.1, calibration=[x])
+    assert new[0].rank == 1
+    assert report.layers[0].error < 1e-2
+
+
+def test_equal_singular_values_share_the_budget():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    for layer in model:
+        nn.init.eye_(layer.weight)
+    new, _ = factorize_all(model, operation_budget=0.5)
+    assert sum(p.numel() for layer in new for p in layer.parameters() if p.dim() > 1) == 64 * 64
 
 
 @pytest.mark.parametrize("method", ["low_rank", "monarch"])
@@ -237,6 +257,10 @@ def test_inside_attention(method, batch_first):
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     new, report = factorize_all(model, method=method)
     assert len(report.layers) == 6
+    read = [layer for layer in report.layers if layer.name.endswith("out_proj")]
+    assert all(layer.cost_after.operations == layer.cost_before.operations for layer in read)
+    assert all(layer.cost_after.parameters < layer.cost_before.parameters for layer in read)
+    assert all(layer.after.endswith("multiplied out") for layer in read)
     x = torch.randn(5, 3, 32)
     expected = new(x)
     expected.sum().backward()

@@ -116,5 +116,14 @@ def test_bad_sizes(make, message):
         make()
 
 
+def test_permuted_layers_are_no_list_of_layers():
+    layer = PermutedBlockDiagLinear(12, 8, 4, input_permutation=list(range(11, -1, -1)))
+    with pytest.raises(NotImplementedError, match=r"use unpermuted\(\).to_linears\(\)"):
+        layer.to_linears()
+    assert len(layer.unpermuted().to_linears()) == 4
+    with pytest.raises(ValueError, match=r"expected the last dimension to be 12, but got the shape \(5, 4, 3\)"):
+        layer(torch.randn(5, 4, 3))
+
+
 def test_near_square_blocks():
     assert [near_square_blocks(n) for n in (1, 7, 64, 768, 3072, 1000)] == [1, 1, 8, 24, 48, 25]

@@ -4,12 +4,13 @@ import copy
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from blockdiag import BlockDiagLinear, PermutedBlockDiagLinear, replace_linear
+from blockdiag import BlockDiagLinear, PermutedBlockDiagLinear, factorize, replace_linear
 
 
 def mlp(*sizes, bias=True, dtype=torch.float64):
@@ -339,7 +340,6 @@ def quantized(model):
         (None, {"policy": "decoder.*"}, r"the policy's 'decoder.\*' matches no layer"),
         (None, {"policy": ["0", "1"]}, "the policy's '1' matches no layer"),
         (None, {"policy": lambda name, layer: False}, "the policy matches no layer"),
-        (None, {"min_features": 9}, "fewer than 9 features"),
         (None, {"calibration": [torch.randn(4, 7, dtype=torch.float64)]}, "the model failed on calibration batch 0"),
         (None, {"calibration": []}, "at least one batch, but got none"),
         (None, {"calibration": [torch.full((4, 8), torch.nan, dtype=torch.float64)]}, "inputs of '0' have NaN"),
@@ -367,6 +367,116 @@ def test_bad_input_changes_nothing(damage, arguments, message):
     for parameter, value in zip(groups, values, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0, equal_nan=True)
     assert [len(module._forward_pre_hooks) for module in modules] == hooks
+
+
+def test_nothing_to_convert():
+    """A warning, and a copy all the same."""
+    model = mlp(8, 8)
+    with pytest.warns(UserWarning, match="nothing was converted: .*fewer than 9 features"):
+        new, report = replace_linear(model, num_blocks=2, min_features=9, progress=False)
+    assert new is not model
+    assert type(new[0]) is nn.Linear
+    assert not report.layers
+
+
+@pytest.mark.parametrize(
+    ("answer", "converted"),
+    [(True, True), (False, False), (None, False), (torch.tensor(True), True), (np.False_, False), (np.int64(2), True)],
+    ids=repr,
+)
+def test_what_a_policy_may_return(answer, converted):
+    model = mlp(8, 8, 8)
+    new, _ = replace_linear(model, lambda name, _: answer if name == "0" else 4, num_blocks=2, progress=False)
+    assert isinstance(new[0], BlockDiagLinear) == converted
+    for wrong in (2.5, "yes"):
+        with pytest.raises(TypeError, match="expected the policy to return a bool, an int or None for '0', but got"):
+            replace_linear(model, lambda name, _, wrong=wrong: wrong, num_blocks=2)
+
+
+class UsedAsList(nn.Module):
+    """An nn.Sequential that is never called itself: what it looks like is not what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(hidden_blocks(4, 32, 32, True), nn.ReLU(), hidden_blocks(4, 32, 32, True))
+
+    def forward(self, x):
+        hidden = self.layers[0](x)
+        return self.layers[2](self.layers[1](hidden)) + hidden
+
+
+def test_permutations_are_not_folded_into_what_only_looks_like_a_chain():
+    model, x = UsedAsList(), torch.randn(20, 32, dtype=torch.float64)
+    new, _ = replace_linear(model, num_blocks=4, permute=True, progress=False)
+    torch.testing.assert_close(new(x), model(x))
+
+
+def test_reported_errors_are_those_of_the_stored_blocks():
+    model = mlp(16, 16, dtype=torch.float32).bfloat16()
+    x = torch.randn(100, 16).bfloat16()
+    model[0].weight.data = torch.block_diag(*torch.randn(4, 4, 4)).bfloat16()
+    new, report = replace_linear(model, num_blocks=4, calibration=[x[:8].repeat(10, 1)], progress=False)
+    difference = new[0].to_dense().weight.double() - model[0].weight.double()
+    outputs = x[:8].double() @ model[0].weight.double().T
+    shift = (new[0].bias - model[0].bias).double()
+    actual = (x[:8].double() @ difference.T + shift).norm() / outputs.norm()
+    assert report.layers[0].error == pytest.approx(actual.item(), abs=2e-3)
+
+
+def test_shared_weights_count_once():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    model[1].weight = model[0].weight
+    _, report = replace_linear(model, num_blocks=4, progress=False)
+    assert report.total("cost_before").parameters == 64 * 64
+    assert report.total("cost_after").parameters == 64 * 16
+    assert report.total("cost_after").operations == 2 * 2 * 64 * 16
+
+
+def test_hooks_do_not_see_measurements():
+    model, calls = mlp(8, 8), []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    replace_linear(model, num_blocks=2, measure=4, dry_run=True, progress=False)
+    assert not calls
+
+
+def test_a_compiled_model_is_calibrated():
+    model = torch.compile(mlp(8, 8), backend="eager")
+    x = torch.randn(40, 8, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+    new, report = replace_linear(model, num_blocks=2, calibration=[x], progress=False)
+    assert report.layers[0].calibrated
+    assert new(x).shape == (40, 8)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.SGD], ids=["factored", "fused"])
+def test_optimizers_with_state_that_does_not_map(optimizer):
+    arguments = {"momentum": 0.9, "fused": True} if optimizer is torch.optim.SGD else {}
+    for convert in (
+        lambda model, bound: replace_linear(model, "0", num_blocks=2, optimizers=bound, inplace=True, progress=False),
+        lambda model, bound: factorize(model, "0", min_features=0, optimizers=bound, inplace=True, progress=False),
+    ):
+        model = mlp(8, 8, 8, dtype=torch.float32)
+        bound = optimizer(model.parameters(), lr=1e-2, **arguments)
+        for step in range(4):
+            bound.zero_grad()
+            model(torch.randn(5, 8)).square().sum().backward()
+            bound.step()
+            if step == 1:
+                convert(model, bound)
+                before = [p.detach().clone() for p in model.parameters()]
+        assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_optimizers_that_keep_parameters_elsewhere_are_refused():
+    model = mlp(8, 8)
+    with pytest.raises(ValueError, match="LBFGS keeps parameters in its _params too"):
+        replace_linear(model, num_blocks=2, inplace=True, optimizers=torch.optim.LBFGS(model.parameters()))
+    assert type(model[0]) is nn.Linear
+    muon = torch.optim.Muon([model[0].weight])
+    with pytest.raises(ValueError, match="Muon takes matrices only"):
+        replace_linear(model, num_blocks=2, inplace=True, optimizers=muon, progress=False)
+    assert type(model[0]) is nn.Linear
 
 
 def test_the_model_itself_is_no_layer_of_a_model():

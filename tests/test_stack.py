@@ -106,6 +106,27 @@ def test_round_trip_is_exact(make):
         torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
+def test_numbers_of_batches_come_back():
+    models = [nn.Sequential(nn.BatchNorm1d(3)) for _ in range(3)]
+    for count, model in enumerate(models):
+        for _ in range(3 + count):
+            model(torch.randn(4, 3))
+    stacked = stack_models(models)
+    stacked(torch.randn(4, 3))
+    assert [int(model[0].num_batches_tracked) for model in stacked.to_models()] == [4, 5, 6]
+    for model in models:
+        model[0].momentum = None
+    with pytest.raises(ValueError, match=r"to have seen equally many batches, but got \[3, 4, 5\]"):
+        stack_models(models)
+
+
+def test_a_first_layer_in_place():
+    models = [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)) for _ in range(2)]
+    x = torch.randn(4, 3)
+    expected = torch.stack([model(x.clone()) for model in models])
+    torch.testing.assert_close(stack_models(models)(x), expected)
+
+
 def test_forwards_of_their_own():
     models = trained(Residual, 3)
     with pytest.raises(ValueError, match="'' is a Residual with a forward of its own: give an example_input"):

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from blockdiag.conversion.convert import fill, working_copy
-from blockdiag.conversion.select import check_parameters, check_sharing
-from blockdiag.conversion.surgery import Heir, Replacement, as_optimizers, commit, rewrap, unwrap
+from blockdiag.conversion.convert import exchange, fill
+from blockdiag.conversion.surgery import Heir, Replacement
 
 
 class SplitAttention(nn.Module):
@@ -131,22 +130,17 @@ def split_attention(
         ValueError: there is no such module in it, or it is the model itself; or a parameter of one is on the meta
             device, not finite, or shared with another module.
     """
-    bound = as_optimizers(optimizers)
-    names: dict[nn.Module, list[str]] = {}
-    bare = working_copy(unwrap(model), bound, inplace)
-    for name, module in bare.named_modules(remove_duplicate=False):
-        if type(module) is nn.MultiheadAttention:
-            names.setdefault(module, []).append(name)
-    if not names or bare in names:
-        raise ValueError("split_attention: expected a model with torch.nn.MultiheadAttention inside")
-    for module, where in names.items():
-        check_parameters(where[0], module)
-    check_sharing(bare, {module: where[0] for module, where in names.items()})
-    commit(bare, [_split(attention, where) for attention, where in names.items()], bound)
-    return rewrap(model, bare)
+    return exchange(
+        model,
+        lambda module: type(module) is nn.MultiheadAttention,
+        _split,
+        missing="split_attention: expected a model with torch.nn.MultiheadAttention inside",
+        optimizers=optimizers,
+        inplace=inplace,
+    )
 
 
-def _split(old: Any, names: list[str]) -> Replacement:
+def _split(names: list[str], old: Any) -> Replacement:
     new: Any = SplitAttention(old).train(old.training)
     heirs: dict[nn.Parameter, list[Heir]] = {}
 

@@ -13,14 +13,15 @@ from blockdiag.conversion.moments import (
     Calibration,
     Moments,
     add_moments,
+    all_or_none,
     collect_moments,
     no_moments,
     sum_over_processes,
 )
 from blockdiag.conversion.progress import track
 from blockdiag.conversion.report import ConversionReport, LayerReport, Step, cost, describe, measure_pair
-from blockdiag.conversion.select import Selected, attention_projections
-from blockdiag.conversion.surgery import Replacement, as_optimizers, commit, rewrap, unwrap
+from blockdiag.conversion.select import Selected, attention_projections, check_parameters, check_sharing
+from blockdiag.conversion.surgery import Replacement, as_optimizers, commit, unwrap
 
 
 class Conversion(NamedTuple):
@@ -37,9 +38,9 @@ class Change(NamedTuple):
     steps: list[Step]
 
 
-# From layers that share a weight, and the moments of each where known, to their changes; or why there is none.
-Build = Callable[[Selected, Mapping[nn.Module, Moments]], list[Change] | str]
-# From the selected layers and all moments to the function that builds one after the other.
+# From layers that share a weight to their changes; or why there is none.
+Build = Callable[[Selected], list[Change] | str]
+# From the selected layers, and the moments of each where known, to the function that builds one after the other.
 Prepare = Callable[[list[Selected], Mapping[nn.Module, Moments]], Build]
 
 
@@ -62,12 +63,14 @@ def _collect(
     if calibration is None:
         return {}, {}
     layers = {names[0]: layer for s in chosen for layer, names in zip(s.layers, s.names, strict=True)}
-    moments, shapes = collect_moments(model, layers, calibration, progress)
-    if isinstance(wrapper, nn.parallel.DistributedDataParallel):  # each process saw inputs of its own, or none
+    group = wrapper.process_group if isinstance(wrapper, nn.parallel.DistributedDataParallel) else None
+    with all_or_none(group, next(model.parameters()).device):
+        moments, shapes = collect_moments(model, layers, calibration, progress)
+    if group is not None:  # each process saw inputs of its own, or none
         for layer in layers.values():
-            moments[layer] = sum_over_processes(moments.get(layer, no_moments(layer)), wrapper.process_group)
+            moments[layer] = sum_over_processes(moments.get(layer, no_moments(layer)), group)
         moments = {layer: m for layer, m in moments.items() if m.num_rows > 0}
-    read = attention_projections(model)
+    read = attention_projections(model)  # never called
     for name, layer in layers.items():
         if layer not in moments and layer not in read:
             raise ValueError(f"the calibration inputs never reached '{name}': leave it out, or give inputs that do")
@@ -126,21 +129,53 @@ def convert(
     changes: list[Change] = []
     build = prepare(chosen, moments)
     for selected in track(chosen, "projecting", progress):
-        built = build(selected, moments)
+        built = build(selected)
         if isinstance(built, str):
             report.skipped.update({name: built for names in selected.names for name in names})
         else:
             changes += built
     beside = finish(bare, changes) if finish is not None else []
+    counted: set[nn.Parameter] = set()
+    read = attention_projections(bare)
     for change in track(changes, "measuring", progress and measure is not None):
-        report.layers.append(_report_on(change, moments, shapes, measure))
+        report.layers.append(_report_on(change, moments, shapes, measure, counted))
+        if change.replacement.old in read:
+            report.layers[-1].multiplied_out()
     if not changes:
         warnings.warn(f"nothing was converted: {report.skipped}", stacklevel=3)
 
-    if dry_run or not changes:
+    if dry_run or (inplace and not changes):
         return Conversion(model, report)
-    commit(bare, [change.replacement for change in changes] + beside, bound)
-    return Conversion(rewrap(wrapper, bare), report)
+    return Conversion(commit(wrapper, bare, [change.replacement for change in changes] + beside, bound), report)
+
+
+def exchange(
+    model: nn.Module,
+    matches: Callable[[nn.Module], bool],
+    build: Callable[[list[str], nn.Module], Replacement],
+    *,
+    missing: str,
+    optimizers: Optimizer | Iterable[Optimizer],
+    inplace: bool,
+) -> nn.Module:
+    """Replaces modules by others that compute the same, made from their names and themselves.
+
+    Raises:
+        ValueError: there are none, or it is the model itself, which `missing` says; or one has parameters that are not
+            plain, or shared with others.
+    """
+    bound = as_optimizers(optimizers)
+    bare = working_copy(unwrap(model), bound, inplace)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in bare.named_modules(remove_duplicate=False):
+        if matches(module):
+            names.setdefault(module, []).append(name)
+    if not names or bare in names:
+        raise ValueError(missing)
+    for module, where in names.items():
+        check_parameters(where[0], module)
+    check_sharing(bare, {module: where[0] for module, where in names.items()})
+    return commit(model, bare, [build(where, module) for module, where in names.items()], bound)
 
 
 def _report_on(
@@ -148,6 +183,7 @@ def _report_on(
     moments: Mapping[nn.Module, Moments],
     shapes: Mapping[nn.Module, tuple[int, ...]],
     measure: int | None,
+    counted: set[nn.Parameter],
 ) -> LayerReport:
     old: Any = change.replacement.old
     new = change.replacement.new
@@ -159,8 +195,8 @@ def _report_on(
         name=change.replacement.names[0],
         before=describe(old),
         after=describe(new),
-        cost_before=cost(old, before),
-        cost_after=cost(new, after),
+        cost_before=cost(old, before, counted),
+        cost_after=cost(new, after, counted),
         steps=change.steps,
         calibrated=old in moments,
     )

@@ -18,7 +18,12 @@ ELEMENTWISE_FUNCTIONS = {
 }  # fmt: skip
 
 
-def is_elementwise(module: nn.Module) -> bool:
-    """Whether it is such a module, and nobody looks on by hooks."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks on, or changes what goes in or comes out."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in _MODULES and not any(hooks)
+    return any(hooks)
+
+
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether it is such a module, without hooks."""
+    return type(module) in _MODULES and not has_hooks(module)

@@ -13,7 +13,16 @@ from blockdiag.conversion.convert import Build, Change, Conversion, convert, fil
 from blockdiag.conversion.moments import Calibration, Moments, exact
 from blockdiag.conversion.ranks import Candidate, Target, choose_ranks
 from blockdiag.conversion.report import Step
-from blockdiag.conversion.select import CONVOLUTIONS, FACTORS, LINEARS, Policy, Selected, select
+from blockdiag.conversion.select import (
+    CONVOLUTIONS,
+    FACTORS,
+    IN_ATTENTION,
+    LINEARS,
+    Policy,
+    Selected,
+    attention_projections,
+    select,
+)
 from blockdiag.conversion.surgery import Heir, Replacement
 from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear, near_square_blocks
 
@@ -60,9 +69,9 @@ def factorize(
     fix it, ``max_error`` takes the smallest rank within that error for each layer, and ``operation_budget`` shares out
     operations among all selected layers, each next rank to where it takes away the most error for its operations.
 
-    Layers inside :class:`torch.nn.MultiheadAttention`, which reads its output projection's weight instead of calling
-    it, save parameters but no operations there: the dense weight is multiplied out in every call. Apply
-    :func:`~blockdiag.split_attention` first.
+    :class:`torch.nn.MultiheadAttention` reads its output projection's weight instead of calling the layer: factorised,
+    it saves parameters there, but no operations, as the report says; with ``operation_budget`` it is left alone. Apply
+    :func:`~blockdiag.split_attention` first to have four projections that are called.
 
     Everything is built beside the model; it and its optimizers change at the end, all or nothing. See
     :func:`~blockdiag.replace_linear` for what carries over, and for the arguments not described here.
@@ -102,6 +111,7 @@ def factorize(
 
     def choose(model: nn.Module) -> tuple[list[Selected], dict[str, str]]:
         chosen, skipped = select(model, policy, LINEARS if monarch else (*LINEARS, *CONVOLUTIONS))
+        read = attention_projections(model)
         kept = []
         for selected in chosen:
             layer = selected.layer
@@ -109,12 +119,17 @@ def factorize(
                 sizes, minimum, what = (layer.in_features, layer.out_features), min_features, "features"
             else:
                 sizes, minimum, what = (layer.in_channels, layer.out_channels), min_channels, "channels"
-            if min(sizes) < minimum:
-                skipped.update({name: f"fewer than {minimum} {what}" for names in selected.names for name in names})
-            else:
-                if monarch:
-                    _monarch_blocks(selected, num_blocks)  # raises if they do not divide its sizes
-                kept.append(selected)
+            reason = None
+            if read & set(selected.layers) and operation_budget is not None:
+                reason = IN_ATTENTION
+            elif min(sizes) < minimum:
+                reason = f"fewer than {minimum} {what}"
+            if reason:
+                skipped.update({name: reason for names in selected.names for name in names})
+                continue
+            if monarch:
+                _monarch_blocks(selected, num_blocks)  # raises if they do not divide its sizes
+            kept.append(selected)
         return kept, skipped
 
     def structure(selected: Selected) -> tuple[int, int]:
@@ -202,36 +217,35 @@ def _preparer(
 
     def prepare(chosen: list[Selected], moments: Mapping[nn.Module, Moments]) -> Build:
         needs_spectra = target.max_error is not None or target.operation_budget is not None
-        candidates = []
+        candidates = {}
         for selected in chosen:
             matrices = _matrices(selected, moments, structure(selected))
             groups, rows, columns = matrices.weight.shape
             in_blocks, out_blocks = matrices.num_blocks
-            candidates.append(
-                Candidate(
-                    selected,
-                    is_conv=hasattr(selected.layer, "in_channels"),
-                    smaller=min(getattr(selected.layer, "in_channels", columns) // groups, rows),
-                    largest=min(rows // out_blocks, columns // in_blocks),
-                    before=sum(part.weight.numel() for part in _parts(selected.layer)),
-                    each=groups * (out_blocks * columns + in_blocks * rows),
-                    spectrum=_spectrum(matrices) if needs_spectra else torch.empty(0),
-                )
+            candidates[id(selected)] = Candidate(
+                selected,
+                is_conv=hasattr(selected.layer, "in_channels"),
+                smaller=min(getattr(selected.layer, "in_channels", columns) // groups, rows),
+                largest=min(rows // out_blocks, columns // in_blocks),
+                before=sum(part.weight.numel() for part in _parts(selected.layer)),
+                each=groups * (out_blocks * columns + in_blocks * rows),
+                spectrum=_spectrum(matrices) if needs_spectra else torch.empty(0),
             )
-        ranks = choose_ranks(candidates, target)
+        ranks = choose_ranks(list(candidates.values()), target)
 
-        def build(selected: Selected, moments: Mapping[nn.Module, Moments]) -> list[Change] | str:
-            candidate = next(c for c in candidates if c.selected is selected)
-            rank, limit = ranks[id(selected)], candidate.limit
-            if rank > limit:
-                return f"rank {rank} would not save operations (up to {limit} would)"
+        def build(selected: Selected) -> list[Change] | str:
+            rank, limit = ranks[id(selected)], candidates[id(selected)].limit
             matrices = _matrices(selected, moments, structure(selected))
-            layer, error = _project(selected.layer, matrices, rank)
+            found = None
             if target.max_error is not None and selected.setting is None:
-                found = _smallest_rank(selected.layer, matrices, target.max_error, limit, start=(rank, layer, error))
+                found = _smallest_rank(selected.layer, matrices, target.max_error, rank, limit)
                 if found is None:
-                    return f"no rank that saves operations has an error of at most {target.max_error}"
-                rank, layer, error = found
+                    return f"no rank that saves operations (up to {limit}) has an error of at most {target.max_error}"
+            elif rank <= limit:
+                found = rank, *_project(selected.layer, matrices, rank)
+            if found is None:
+                return f"rank {rank} would not save operations (up to {limit} would)"
+            rank, layer, error = found
             return _changes(selected, layer, matrices, moments, Step(f"rank {rank}", error))
 
         return build
@@ -240,11 +254,11 @@ def _preparer(
 
 
 def _smallest_rank(
-    layer: Any, matrices: _Matrices, max_error: float, limit: int, start: tuple[int, Any, float]
+    layer: Any, matrices: _Matrices, max_error: float, likely: int, limit: int
 ) -> tuple[int, Any, float] | None:
     """The smallest rank up to the limit whose error, as measured on the layer, is within the bound, and its layer.
 
-    What the spectrum tells is exact but for rounding, and the start is the answer, or next to it. Of several
+    What the spectrum tells is exact but for rounding, and the likely rank is the answer, or next to it. Of several
     submatrices whose inputs are known it is an estimate, and the rank is found by bisection.
     """
 
@@ -252,11 +266,11 @@ def _smallest_rank(
         return error <= max_error * (1 + 1e-6)
 
     if matrices.second is None or matrices.num_blocks[0] == 1:
-        rank, new, error = start
-        while not within(error) and rank < limit:
-            rank += 1
+        for rank in range(likely, limit + 1):
             new, error = _project(layer, matrices, rank)
-        return (rank, new, error) if within(error) else None
+            if within(error):
+                return rank, new, error
+        return None
     best, low, high = None, 1, limit
     while low <= high:
         rank = (low + high) // 2
@@ -334,11 +348,11 @@ def _changes(
     for layer, names in zip(selected.layers, selected.names, strict=True):
         old: Any = layer
         replacing = new if not changes else _empty_layer(old, matrices.num_blocks, new.rank)
-        for part, original in zip(_parts(replacing), _parts(new), strict=True):
-            part.weight = original.weight.requires_grad_(_parts(old)[0].weight.requires_grad)
+        olds = _parts(old)
+        for part, original, before in zip(_parts(replacing), _parts(new), olds * (3 - len(olds)), strict=True):
+            part.weight = original.weight.requires_grad_(before.weight.requires_grad)
         names_of = {parameter: name for name, parameter in replacing.named_parameters()}
         fresh = [Heir(names_of[part.weight], part.weight) for part in _parts(replacing)]
-        olds = _parts(old)
         # A dense weight has both factors for heirs; of old factors each has its own.
         heirs = {olds[0].weight: fresh} if len(olds) == 1 else {o.weight: [h] for o, h in zip(olds, fresh, strict=True)}
         if old.bias is not None:

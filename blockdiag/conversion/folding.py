@@ -8,27 +8,32 @@ import torch
 from torch import Tensor, fx, nn
 
 from blockdiag.conversion.convert import Change
-from blockdiag.conversion.elementwise import ELEMENTWISE_FUNCTIONS, is_elementwise
+from blockdiag.conversion.elementwise import ELEMENTWISE_FUNCTIONS, has_hooks, is_elementwise
 from blockdiag.conversion.select import has_parameters_to_itself
 from blockdiag.conversion.surgery import Gather, Heir, Replacement
 from blockdiag.factors import PermutedBlockDiagLinear
 
 
-def _trace(parent: nn.Module) -> list[fx.Graph]:
-    """What the module's forward does, in training and in eval mode; nothing if that depends on its input."""
+def _trace(model: nn.Module) -> list[fx.Graph]:
+    """What the model's forward does, in training and in eval mode; nothing if that depends on its input.
+
+    Of the whole model: a part that could be traced by itself may be used by others in another way.
+    """
     graphs = []
-    training = parent.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        for parent.training in (True, False):
-            graphs.append(fx.Tracer().trace(parent))
+        for mode in (True, False):
+            model.train(mode)
+            graphs.append(fx.Tracer().trace(model))
     except Exception:  # tracing runs the user's code, on what is no tensor: anything may come of it
         return []
     finally:
-        parent.training = training
+        for module, training in modes:
+            module.training = training
     return graphs
 
 
-def _followed_by(parent: nn.Module, graph: fx.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def _followed_by(model: nn.Module, graph: fx.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """The layer whose only input each layer's output is, if it is, through elementwise functions at most."""
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
@@ -40,7 +45,7 @@ def _followed_by(parent: nn.Module, graph: fx.Graph, layers: Mapping[str, nn.Mod
         if len(node.all_input_nodes) != 1:
             return False
         if node.op == "call_module":
-            return is_elementwise(parent.get_submodule(str(node.target)))
+            return is_elementwise(model.get_submodule(str(node.target)))
         return node.op in ("call_function", "call_method") and node.target in ELEMENTWISE_FUNCTIONS
 
     followers = {}
@@ -58,30 +63,21 @@ def _followed_by(parent: nn.Module, graph: fx.Graph, layers: Mapping[str, nn.Mod
     return followers
 
 
-def _pairs(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """Linear layers of which one's output is nothing but the other's input, through elementwise functions at most.
+def _pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of linear layers of which one's output is nothing but the other's input, but for elementwise functions.
 
-    Among the children of one module, by a trace of its forward; of layers that are used nowhere else, with nobody
-    looking on by hooks.
+    By a trace of the model; of layers that have one name, with nobody looking on by hooks.
     """
-    uses: dict[nn.Module, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        uses[module] = uses.get(module, 0) + 1
-
-    def is_private(module: nn.Module) -> bool:
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        return uses[module] == 1 and not any(hooks)
-
-    pairs: list[tuple[str, nn.Module, str, nn.Module]] = []
-    for path, parent in model.named_modules():
-        children = dict(parent.named_children())
-        layers = {key: child for key, child in children.items() if isinstance(child, nn.Linear) and is_private(child)}
-        graphs = _trace(parent) if len(layers) > 1 else []
-        followers = [_followed_by(parent, graph, layers) for graph in graphs]
-        if followers and all(f == followers[0] for f in followers):
-            prefix = f"{path}." if path else ""
-            pairs += [(prefix + a, layers[a], prefix + b, layers[b]) for a, b in followers[0].items()]
-    return pairs
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    layers = {
+        where[0]: module
+        for module, where in names.items()
+        if isinstance(module, nn.Linear) and len(where) == 1 and not has_hooks(module)
+    }
+    followers = [_followed_by(model, graph, layers) for graph in _trace(model)]
+    return list(followers[0].items()) if followers and followers[0] == followers[-1] else []
 
 
 class _Neighbours:
@@ -117,7 +113,8 @@ def fold_permutations(model: nn.Module, changes: list[Change]) -> list[Replaceme
     """Merges or removes permutations of the new layers; returns the dense neighbours that take some over."""
     new: dict[nn.Module, Any] = {change.replacement.old: change.replacement.new for change in changes}
     neighbours = _Neighbours()
-    for first_name, first, second_name, second in _pairs(model):
+    for first_name, second_name in _pairs(model):
+        first, second = model.get_submodule(first_name), model.get_submodule(second_name)
         producer: Any = new.get(first)
         consumer: Any = new.get(second)
         leaving = None if producer is None else producer.output_permutation

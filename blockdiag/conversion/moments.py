@@ -38,6 +38,23 @@ def add_moments(moments: Sequence[Moments]) -> Moments:
     return Moments(sum(num_rows), sum(totals), sum(outers))
 
 
+@contextmanager
+def all_or_none(group: Any, device: torch.device) -> Iterator[None]:
+    """Raises in every process of the group if one of them does, so that none waits for it."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if group is not None:
+        failures = torch.tensor(failure is not None, dtype=torch.int64, device=device)
+        distributed.all_reduce(failures, group=group)
+        if failure is None and failures > 0:
+            raise ValueError(f"calibration failed in {int(failures)} other processes")
+    if failure is not None:
+        raise failure
+
+
 def no_moments(layer: Any) -> Moments:
     """Those of a layer that has seen nothing yet."""
     weight = exact(layer.weight)
@@ -85,9 +102,10 @@ def _rows(layer: Any, input: Tensor) -> Iterator[Tensor]:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        model.eval()
+        # Eager: code that was compiled before knows nothing of the hooks that look on.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes:
@@ -139,8 +157,10 @@ def collect_moments(
             new = Moments(rows.shape[1], rows.sum(1), rows.mT @ rows.conj())
             moments[layer] = add_moments([moments[layer], new]) if layer in moments else new
 
-    handles = [layer.register_forward_pre_hook(observe, with_kwargs=True) for layer in set(layers.values())]
+    handles = []
     try:
+        for layer in set(layers.values()):
+            handles.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
         with _evaluating(model):
             _run(model, calibration, progress)
     finally:

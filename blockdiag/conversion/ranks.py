@@ -64,7 +64,9 @@ class Candidate(NamedTuple):
 
 def choose_ranks(candidates: Sequence[Candidate], target: Target) -> dict[int, int]:
     """The rank of each layer, by the id of its selection; more than its limit where it had better stay dense."""
-    budget = _ranks_within(candidates, target.operation_budget) if target.operation_budget is not None else {}
+    budget = {}
+    if target.operation_budget is not None and candidates:
+        budget = _ranks_within(candidates, target.operation_budget)
     ranks = {}
     for candidate in candidates:
         selected = candidate.selected
@@ -112,4 +114,8 @@ def _ranks_within(candidates: Sequence[Candidate], operation_budget: float) -> d
         else:
             low = middle + 1
     best = ranks_at(float(thresholds[high])) if high < len(thresholds) else [1] * len(candidates)
+    if high > 0:  # of equals at the next threshold only some are within the budget
+        for index, most in enumerate(ranks_at(float(thresholds[high - 1]))):
+            while best[index] < most and operations([*best[:index], best[index] + 1, *best[index + 1 :]]) <= allowed:
+                best[index] += 1
     return {id(c.selected): rank for c, rank in zip(candidates, best, strict=True)}

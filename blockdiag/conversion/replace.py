@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockdiag.conversion import projection
-from blockdiag.conversion.convert import Change, Conversion, convert, fill, merged
+from blockdiag.conversion.convert import Build, Change, Conversion, convert, fill, merged
 from blockdiag.conversion.folding import fold_permutations, unless_identity, without_permutations
 from blockdiag.conversion.moments import Calibration, Moments, exact
 from blockdiag.conversion.report import Step
-from blockdiag.conversion.select import LINEARS, Policy, Selected, attention_projections, select
+from blockdiag.conversion.select import IN_ATTENTION, LINEARS, Policy, Selected, attention_projections, select
 from blockdiag.conversion.surgery import Heir, Replacement
 from blockdiag.factors import PermutedBlockDiagLinear
 
@@ -41,9 +41,9 @@ def replace_linear(
     least squares. A step that does not help is not taken. Whether the model still works must be measured, and most need
     training afterwards.
 
-    Permutations are merged, or folded into neighbours, where that changes nothing: between linear layers of one module
-    whose forward, as :mod:`torch.fx` traces it, has only elementwise functions between them. Features between such
-    layers come in another order.
+    Permutations are merged, or folded into neighbours, where that changes nothing: between linear layers that only
+    elementwise functions lie between, in a model that :mod:`torch.fx` can trace. Features between such layers come in
+    another order.
 
     Everything is built beside the model; it and its optimizers change at the end, all or nothing. Module hooks,
     training mode, ``requires_grad``, dtype and device carry over, shared layers and shared weights stay shared.
@@ -89,7 +89,7 @@ def replace_linear(
         for selected in chosen:
             reason = None
             if read & set(selected.layers):
-                reason = "torch.nn.MultiheadAttention reads its weight and would multiply it densely"
+                reason = IN_ATTENTION
             elif min(selected.layer.in_features, selected.layer.out_features) < min_features:
                 reason = f"fewer than {min_features} features"
             if reason:
@@ -97,12 +97,10 @@ def replace_linear(
                 continue
             selected.setting = _blocks_of(selected, num_blocks, parameter_budget)
             kept.append(selected)
-        if not kept:
-            raise ValueError(f"the policy matches no layer that could be converted: {skipped}")
         return kept, skipped
 
-    def build(selected: Selected, moments: Mapping[nn.Module, Moments]) -> list[Change]:
-        return _replace(selected, moments, permute)
+    def prepare(chosen: list[Selected], moments: Mapping[nn.Module, Moments]) -> Build:
+        return lambda selected: _replace(selected, moments, permute)
 
     def finish(model: nn.Module, changes: list[Change]) -> list[Replacement]:
         beside = fold_permutations(model, changes)
@@ -112,7 +110,7 @@ def replace_linear(
     return convert(
         model,
         choose,
-        lambda chosen, moments: build,
+        prepare,
         finish=finish,
         calibration=calibration,
         optimizers=optimizers,
@@ -155,28 +153,28 @@ def _replace(selected: Selected, moments: Mapping[nn.Module, Moments], permute: 
     def differs(blocks: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return weight - projection.scatter_blocks(blocks, rows, columns)
 
+    def fitted(rows: Tensor, columns: Tensor) -> Tensor:
+        """The best blocks there, as the layer will store them."""
+        if second is None:
+            blocks = projection.diagonal_blocks(weight, rows, columns, num_blocks)
+        else:
+            blocks = projection.refit_blocks(weight, rows, columns, num_blocks, second)
+        return exact(blocks.to(linear.weight.dtype))
+
     rows, columns = (torch.arange(size, device=weight.device) for size in weight.shape)
-    blocks = projection.diagonal_blocks(weight, rows, columns, num_blocks)
-    steps = [Step("diagonal blocks", error(differs(blocks, rows, columns), plain))]
+    diagonal = projection.diagonal_blocks(weight, rows, columns, num_blocks)
+    steps = [Step("diagonal blocks", error(differs(diagonal, rows, columns), plain))]
+    blocks = fitted(rows, columns)
     if permute and num_blocks > 1:
         energies = weight.abs().square() * (1 if plain is None else plain.diagonal().real)
         new_rows, new_columns = (o.to(weight.device) for o in projection.find_permutations(energies, num_blocks))
-        permuted = projection.diagonal_blocks(weight, new_rows, new_columns, num_blocks)
-        steps.append(Step("permuted", error(differs(permuted, new_rows, new_columns), plain)))
-        if second is not None:  # it is the error after refitting that counts
-            candidates = [(rows, columns), (new_rows, new_columns)]
-            refitted = [projection.refit_blocks(weight, r, c, num_blocks, second) for r, c in candidates]
-            errors = [error(differs(b, r, c), second) for b, (r, c) in zip(refitted, candidates, strict=True)]
-            better = errors[1] < errors[0]
-        else:
-            better = steps[1].error < steps[0].error
-        if better:
+        permuted = fitted(new_rows, new_columns)
+        if error(differs(permuted, new_rows, new_columns), second) < error(differs(blocks, rows, columns), second):
             rows, columns, blocks = new_rows, new_columns, permuted
-        else:
-            steps.pop()
+            diagonal = projection.diagonal_blocks(weight, rows, columns, num_blocks)
+            steps.append(Step("permuted", error(differs(diagonal, rows, columns), plain)))
     shifts: dict[nn.Module, Tensor] = {}
     if second is not None:
-        blocks = projection.refit_blocks(weight, rows, columns, num_blocks, second)
         difference = differs(blocks, rows, columns)
         steps.append(Step("refitted", error(difference, second)))
         if centered:

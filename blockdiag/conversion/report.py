@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 class Cost(NamedTuple):
     """Of a layer: its parameters, floating-point operations for each row of its output (a position of a convolution's,
-    two for a multiplication and addition), bytes of parameters, and measured seconds for a call, if measured."""
+    two for a multiplication and addition), bytes of parameters, and measured seconds for a call, if measured. Shared
+    parameters count for the first layer that has them."""
 
     parameters: int
     operations: int
@@ -48,6 +49,12 @@ class LayerReport:
     @property
     def error(self) -> float:
         return self.steps[-1].error
+
+    def multiplied_out(self) -> None:
+        """Says that the new layer's weight is read, and the layer never called: that saves no operations."""
+        self.after += ", multiplied out"
+        self.cost_before = self.cost_before._replace(seconds=None)
+        self.cost_after = self.cost_after._replace(operations=self.cost_before.operations, seconds=None)
 
     def errors(self) -> str:
         """The errors after all steps, in words for a table."""
@@ -107,13 +114,18 @@ def _compare(before: Cost, after: Cost) -> list[str]:
     ]
 
 
-def cost(layer: nn.Module, seconds: float | None) -> Cost:
-    """What the layer costs; a weight of a linear layer or convolution is used once for each row of output."""
+def cost(layer: nn.Module, seconds: float | None, counted: set[nn.Parameter]) -> Cost:
+    """What the layer costs; a weight of a linear layer or convolution is used once for each row of output.
+
+    Parameters that are `counted` already, of another layer that shares them, are not again.
+    """
     parameters = list(layer.parameters())
+    own = [p for p in parameters if p not in counted]
+    counted.update(own)
     return Cost(
-        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in own),
         2 * sum(p.numel() for p in parameters if p.dim() > 1),
-        sum(p.numel() * p.element_size() for p in parameters),
+        sum(p.numel() * p.element_size() for p in own),
         seconds,
     )
 
@@ -146,7 +158,7 @@ def measure_pair(before: nn.Module, after: nn.Module, shape: Sequence[int], roun
             for layer in (before, after) if round % 2 == 0 else (after, before):
                 _synchronize(input)
                 start = time.perf_counter()
-                layer(input)
+                layer.forward(input)  # without hooks, which may be the user's, and are not to see this
                 _synchronize(input)
                 if round >= 3:
                     seconds[layer].append(time.perf_counter() - start)

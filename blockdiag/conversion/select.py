@@ -1,5 +1,6 @@
 """Which layers of a model a policy names, and whether they can be converted at all: checked before any work."""
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from blockdiag.modules import BlockDiagLinear
 Pattern = str | re.Pattern[str]
 Policy = Pattern | Sequence[Pattern] | Mapping[Pattern, int] | Callable[[str, Any], bool | int | None]
 
+IN_ATTENTION = "torch.nn.MultiheadAttention reads its weight, and never calls it: apply blockdiag.split_attention first"
 LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)  # the latter is nn.MultiheadAttention's out_proj
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FACTORS = (LowRankLinear, LowRankConv, MonarchLinear)
@@ -78,6 +80,20 @@ def _as_function(policy: Policy) -> tuple[Callable[[str, Any], bool | int | None
     return choose, found
 
 
+def _as_setting(name: str, value: Any) -> bool | int | None:
+    """What a policy returned for the layer of this name: whether to convert it, or a number."""
+    if value is None or isinstance(value, bool):
+        return value
+    if str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        return bool(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"expected the policy to return a bool, an int or None for '{name}', but got {value!r}"
+        ) from None
+
+
 def _is_quantized(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.ao.nn.") and hasattr(module, "in_features")
 
@@ -88,6 +104,8 @@ def _check(name: str, layer: Any) -> None:
         raise ValueError(f"'{name}' is quantized: convert the model first, then quantize it")
     if parametrize.is_parametrized(layer):
         raise ValueError(f"'{name}' is parametrized: remove it by torch.nn.utils.parametrize.remove_parametrizations")
+    if "forward" in vars(layer):
+        raise ValueError(f"'{name}' has a forward of its own, which would be lost")
     own = dict(layer.named_parameters(recurse=False))
     if not isinstance(layer, CONVERTED) and set(own) != ({"weight"} if layer.bias is None else {"weight", "bias"}):
         raise ValueError(
@@ -132,13 +150,13 @@ def select(model: nn.Module, policy: Policy, kinds: tuple[type, ...]) -> tuple[l
         if type(module) in kinds or _is_quantized(module) or parametrize.is_parametrized(module):
             if not isinstance(module, (nn.Linear, *kinds)) and not _is_quantized(module):
                 continue
-            settings.setdefault(module, {})[name] = choose(name, module)
+            settings.setdefault(module, {})[name] = _as_setting(name, choose(name, module))
         elif isinstance(module, CONVERTED):
             converted.append(name)
-        elif isinstance(module, kinds) and choose(name, module) not in (None, False):
+        elif isinstance(module, kinds) and _as_setting(name, choose(name, module)) not in (None, False):
             if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
                 _check(name, module)
-            skipped[name] = f"a {type(module).__name__} may compute something else"
+            skipped[name] = f"a {type(module).__module__}.{type(module).__qualname__} may compute something else"
 
     chosen: dict[nn.Module, Selected] = {}
     by_weight: dict[nn.Parameter, Selected] = {}
@@ -164,6 +182,8 @@ def select(model: nn.Module, policy: Policy, kinds: tuple[type, ...]) -> tuple[l
     hint = f"; converted already: {converted}" if converted else ""
     for pattern, hit in found.items():
         if not hit:
+            others = [f"'{n}' is a {type(m).__qualname__}" for n, m in _walk(model) if n and _matches(pattern, n)]
+            hint += f"; {', '.join(others[:3])}" if others else ""
             raise ValueError(f"the policy's {pattern!r} matches no layer that could be converted{hint}")
     if not chosen:
         reasons = "".join(f"; '{name}': {reason}" for name, reason in skipped.items())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockdiag.conversion.elementwise import is_elementwise
+from blockdiag.conversion.elementwise import has_hooks, is_elementwise
 from blockdiag.conversion.stacked_layers import (
     StackedBatchNorm1d,
     StackedLayerNorm,
@@ -54,6 +54,8 @@ class StackedModel(nn.Module):
         self.stacked = stacked
         self.num_models = num_models
         self._skeleton = (skeleton,)  # one of the models without values, and no submodule of this one
+        leaves = [module for module in stacked.modules() if not module._modules]
+        self._writes_to_its_input = bool(leaves) and getattr(leaves[0], "inplace", False)
 
     def forward(self, input: Tensor, stacked: bool = False) -> Tensor:
         if stacked:
@@ -66,6 +68,8 @@ class StackedModel(nn.Module):
         else:
             input = self.shared(input).unsqueeze(-2)
             input = input.expand(*input.shape[:-2], self.num_models, input.shape[-1])
+        if self._writes_to_its_input:
+            input = input.clone()
         return self.stacked(input).movedim(-2, 0)
 
     def to_models(self) -> list[nn.Module]:
@@ -153,7 +157,7 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
         for parameter in module.parameters(recurse=False):
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(f"stack_models: '{owner[parameter]}' and '{name}' share a parameter")
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if has_hooks(module):
             raise ValueError(f"stack_models: '{name}' has hooks, which would see all models at once: remove them first")
         if type(module) in _STACKED:
             shape = getattr(module, "normalized_shape", ())

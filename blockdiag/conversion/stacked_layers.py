@@ -74,8 +74,18 @@ class StackedBatchNorm1d(nn.Module):
 
     def __init__(self, modules: Sequence[nn.BatchNorm1d]) -> None:
         super().__init__()
+        self.batches_ahead: Tensor
         first = modules[0]
         self.num_models = len(modules)
+        counts: list[Any] = [module.num_batches_tracked for module in modules]
+        if counts[0] is not None:
+            ahead = torch.stack([count - counts[0] for count in counts])
+            if first.momentum is None and ahead.any():
+                raise ValueError(
+                    "StackedBatchNorm1d: expected models with momentum=None to have seen equally many batches, but got "
+                    f"{[int(count) for count in counts]}"
+                )
+            self.register_buffer("batches_ahead", ahead)  # of what self.norm has seen
         tensor = [*first.parameters(), *first.buffers(), torch.empty(0)][0]
         self.norm = nn.BatchNorm1d(
             self.num_models * first.num_features,
@@ -105,7 +115,7 @@ class StackedBatchNorm1d(nn.Module):
     def restore(self, module: nn.Module, index: int) -> nn.Module:
         """Copies the parameters and statistics of one model into a layer of its kind."""
         state = {
-            name: tensor.chunk(self.num_models)[index] if tensor.dim() else tensor
+            name: tensor.chunk(self.num_models)[index] if tensor.dim() else tensor + self.batches_ahead[index]
             for name, tensor in self.norm.state_dict().items()
         }
         module.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)

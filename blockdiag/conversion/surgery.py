@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -52,6 +53,13 @@ def as_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer
     for optimizer in listed:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected optimizers to be torch.optim.Optimizer, but got {type(optimizer).__name__}")
+        for name, value in vars(optimizer).items():
+            elsewhere = name not in ("param_groups", "state") and isinstance(value, list | tuple)
+            if elsewhere and any(isinstance(item, Tensor) for item in value):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps parameters in its {name} too, where they cannot be exchanged: "
+                    "make a new one after the conversion"
+                )
     return listed
 
 
@@ -62,10 +70,17 @@ def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _inherit_state(old: nn.Parameter, state: Mapping[str, Any], heir: Heir) -> dict[str, Any]:
-    """The heir's optimizer state: tensors of the parameter's shape mapped, all else (step counts) copied."""
+    """The heir's optimizer state: tensors of the parameter's shape mapped, all else (step counts) copied.
+
+    None where that says nothing of the heir: of factors, and if tensors have other shapes, as factored moments have.
+    """
     if heir.gather is None:
+        # SGD's fused kernel does not take some parameters with a buffer and some without.
+        fresh = state.keys() == {"momentum_buffer"} and state["momentum_buffer"] is not None
+        return {"momentum_buffer": torch.zeros_like(heir.parameter)} if fresh else {}
+    if any(isinstance(value, Tensor) and value.dim() > 0 and value.shape != old.shape for value in state.values()):
         return {}
-    inherited = {}
+    inherited: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Tensor):
             value = heir.gather(value).contiguous() if value.shape == old.shape else value
@@ -140,8 +155,19 @@ def _use_slow_path(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[nn.
             yield module, "use_nested_tensor", False
 
 
-def commit(model: nn.Module, replacements: Sequence[Replacement], optimizers: Sequence[Optimizer]) -> None:
-    """Replaces the layers in the model and their parameters in the optimizers; if anything fails, nothing at all."""
+def commit(
+    wrapper: nn.Module, model: nn.Module, replacements: Sequence[Replacement], optimizers: Sequence[Optimizer]
+) -> nn.Module:
+    """Replaces the layers in the model and their parameters in the optimizers; if anything fails, nothing at all.
+
+    Returns:
+        The model, in a wrapper like the one given.
+    """
+    for optimizer in optimizers:
+        if type(optimizer).__name__ == "Muon" and any(
+            heir.parameter.dim() != 2 for r in replacements for heirs in r.heirs.values() for heir in heirs
+        ):
+            raise ValueError("Muon takes matrices only, and the new layers have parameters of other dimensions")
     heirs: dict[nn.Parameter, list[Heir]] = {}
     prefixes: dict[nn.Parameter, str] = {}
     for replacement in replacements:
@@ -168,18 +194,28 @@ def commit(model: nn.Module, replacements: Sequence[Replacement], optimizers: Se
         for module, attribute, value in attributes:
             undo.append(partial(setattr, module, attribute, getattr(module, attribute)))
             setattr(module, attribute, value)
+        return rewrap(wrapper, model)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside :class:`torch.nn.parallel.DistributedDataParallel`."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """The model inside :class:`torch.nn.parallel.DistributedDataParallel`.
+
+    Raises:
+        ValueError: the wrapper has what another could not take over.
+    """
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return model
+    for name in ("_comm_hooks", "mixed_precision"):
+        if getattr(model, name, None):
+            raise ValueError(f"DistributedDataParallel with {name.strip('_')} is to be made after the conversion")
+    return model.module
 
 
 def rewrap(wrapper: nn.Module, model: nn.Module) -> nn.Module:
     """The model in a wrapper like the one given. DistributedDataParallel knows the parameters of its start only."""
     if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
         return model
-    return nn.parallel.DistributedDataParallel(
+    rewrapped = nn.parallel.DistributedDataParallel(
         model,
         device_ids=wrapper.device_ids,
         output_device=wrapper.output_device,
@@ -191,3 +227,5 @@ def rewrap(wrapper: nn.Module, model: nn.Module) -> nn.Module:
         gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
         static_graph=wrapper.static_graph,
     )
+    rewrapped.training = wrapper.training
+    return rewrapped

@@ -1,0 +1,52 @@
+"""Hugging Face's models: what stands in the way of converting them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from blockdiag.conversion.convert import exchange, fill
+from blockdiag.conversion.surgery import Heir, Replacement
+
+
+def conv1d_to_linear(
+    model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (), inplace: bool = False
+) -> nn.Module:
+    """Replaces the ``Conv1D`` layers of GPT-2 and its relatives by :class:`torch.nn.Linear` that compute the same.
+
+    Despite its name a ``Conv1D`` is a linear layer, whose weight is stored transposed. As ``nn.Linear`` it can be
+    converted by :func:`blockdiag.replace_linear` and :func:`blockdiag.factorize`.
+
+    Args:
+        model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped anew: use what is returned.
+        optimizers: optimizers of the model, rebound to the new parameters with all of their state. Needs ``inplace``.
+        inplace: whether to change the model itself. Default: a copy.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: there is no ``Conv1D`` in it, or one is on the meta device, not finite, or shares its parameters.
+    """
+    return exchange(
+        model,
+        # Not by isinstance, which would need the library.
+        lambda module: type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils",
+        _as_linear,
+        missing="conv1d_to_linear: expected a model with transformers' Conv1D inside",
+        optimizers=optimizers,
+        inplace=inplace,
+    )
+
+
+def _as_linear(names: list[str], old: Any) -> Replacement:
+    in_features, out_features = old.weight.shape
+    linear = nn.Linear(in_features, out_features, device=old.weight.device, dtype=old.weight.dtype).train(old.training)
+    heirs = {}
+    for name, gather in (("weight", Tensor.t), ("bias", Tensor.detach)):
+        parameter, heir = getattr(old, name), getattr(linear, name)
+        fill(heir, gather(parameter.detach()))
+        heir.requires_grad_(parameter.requires_grad)
+        heirs[parameter] = [Heir(name, heir, gather)]
+    return Replacement(names, old, linear, heirs)
