@@ -90,6 +90,13 @@ def check_conversion_under_ddp(method: str) -> None:
     model(part).square().mean().backward()
     optimizer.step()
     alone, expected = blockdiag.factorize(dense, calibration=[x], **arguments)
+    # What fails in one process fails in all, and none waits for another; one may give no inputs of its own.
+    failing = [part[:, 1:]] if dist.get_rank() == 0 else [part]
+    with pytest.raises(ValueError, match=r"failed on calibration batch 0|failed in 1 other processes"):
+        blockdiag.factorize(model, calibration=failing, inplace=True, **arguments)
+    only_first = (lambda dense: dense(x)) if dist.get_rank() == 0 else (lambda dense: None)
+    _, report = blockdiag.factorize(model, calibration=only_first, dry_run=True, **arguments)
+    assert [layer.after for layer in report.layers] == [layer.after for layer in expected.layers]
     converted, report = blockdiag.factorize(model, calibration=[part], optimizers=optimizer, inplace=True, **arguments)
     assert isinstance(converted, DistributedDataParallel)
     assert converted.module is dense
