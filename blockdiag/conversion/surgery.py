@@ -49,6 +49,12 @@ class Replacement:
 
 
 def as_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """One optimizer or several as a list.
+
+    Raises:
+        TypeError: something is no optimizer.
+        ValueError: one keeps parameters beside its groups: LBFGS, and ZeroRedundancyOptimizer.
+    """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     for optimizer in listed:
         if not isinstance(optimizer, Optimizer):
@@ -163,11 +169,6 @@ def commit(
     Returns:
         The model, in a wrapper like the one given.
     """
-    for optimizer in optimizers:
-        if type(optimizer).__name__ == "Muon" and any(
-            heir.parameter.dim() != 2 for r in replacements for heirs in r.heirs.values() for heir in heirs
-        ):
-            raise ValueError("Muon takes matrices only, and the new layers have parameters of other dimensions")
     heirs: dict[nn.Parameter, list[Heir]] = {}
     prefixes: dict[nn.Parameter, str] = {}
     for replacement in replacements:
@@ -175,6 +176,11 @@ def commit(
             prefixes.setdefault(parameter, f"{replacement.names[0]}.")
             known = {heir.parameter for heir in heirs.setdefault(parameter, [])}
             heirs[parameter] += [heir for heir in successors if heir.parameter not in known]
+    for optimizer in optimizers:
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        new = [heir.parameter for parameter in held for heir in heirs.get(parameter, [])]
+        if type(optimizer).__name__ == "Muon" and any(parameter.dim() != 2 for parameter in new):
+            raise ValueError("Muon takes matrices only, and the new layers have parameters of other dimensions")
     attributes = list(_use_slow_path(model, (name for r in replacements for name in r.names)))
 
     with _restored_on_failure(optimizers) as undo:
