@@ -45,11 +45,11 @@ grep -E "^blockdiag .*building" "$out/build.log"
 
 echo "== tests"
 export FAIL_WITHOUT_CUDA=1 FAIL_WITHOUT_CUDA_BUILD=1
-timeout 170 python3 -m pytest -q -p no:cacheprovider -k cuda >"$out/tests.log" 2>&1 || failed+=(tests)
+timeout 165 python3 -m pytest -q -p no:cacheprovider -k cuda >"$out/tests.log" 2>&1 || failed+=(tests)
 tail -n 25 "$out/tests.log"
 
 echo "== tests with cuBLASLt"
-BLOCKDIAG_CUDA_GEMM=cublaslt timeout 80 python3 -m pytest -q -p no:cacheprovider -k cuda tests/test_linear.py \
+BLOCKDIAG_CUDA_GEMM=cublaslt timeout 70 python3 -m pytest -q -p no:cacheprovider -k cuda tests/test_linear.py \
   tests/test_random.py tests/test_autograd.py tests/test_cuda.py >"$out/tests-cublaslt.log" 2>&1 ||
   failed+=(tests-cublaslt)
 tail -n 25 "$out/tests-cublaslt.log"
@@ -62,8 +62,8 @@ time_it() { # LIMIT MINUTES NAME CONTESTANT...
   cat "$out/$3.log"
   [ -s "$out/$3.json" ] || tail -n 20 "$out/$3.err"
 }
-time_it 110 1.3 timing dense einsum baddbmm bmm_out grouped_mm
-BLOCKDIAG_CUDA_GEMM=cublaslt time_it 55 0.6 timing-cublaslt dense baddbmm
+time_it 100 1.2 timing dense einsum baddbmm bmm_out grouped_mm
+BLOCKDIAG_CUDA_GEMM=cublaslt time_it 50 0.5 timing-cublaslt dense baddbmm
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

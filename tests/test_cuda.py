@@ -74,11 +74,36 @@ class TestBuild:
             assert result.stdout.strip() == (gemm or "cublas"), result.stderr
 
 
+# In a process of its own: the choice is made once. `bias[1:]` starts where no vector of eight bytes does.
+_LT = """
+import torch, blockdiag
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = {reduced}
+for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    x, w, b = (torch.randn(s, dtype=torch.float64, device="cuda") for s in ((96, 4 * 64), (4, 32, 64), (4 * 32 + 1,)))
+    for bias in (None, b[1:], b[:-1], b[1:]):
+        cast = [None if t is None else t.to(dtype) for t in (x, w)] + [None if bias is None else b.to(dtype)]
+        if bias is not None:
+            cast[2] = cast[2][1:] if bias.data_ptr() != b.data_ptr() else cast[2][:-1]
+        expected = torch.ops.blockdiag.linear(x, w, bias)
+        torch.testing.assert_close(torch.ops.blockdiag.linear(*cast).double(), expected, rtol=0.05, atol=0.3)
+print(blockdiag.build_info()["cublaslt"])
+"""
+
+
 @pytest.mark.cuda
 class TestDevice:
     @pytest.fixture(autouse=True)
     def _require_gpu(self):
         require_cuda()
+
+    @pytest.mark.parametrize("reduced", [True, False, (False, False)], ids=str)
+    def test_cublaslt_computes(self, reduced):
+        """What the heuristic says of ordinary problems: without this, all of them might be left to cuBLAS unseen."""
+        environment = {**os.environ, "BLOCKDIAG_CUDA_GEMM": "cublaslt"}
+        command = [sys.executable, "-c", _LT.format(reduced=reduced)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == "12 calls, 0 left to cuBLAS"
 
     def test_current_stream(self):
         """Work queued on a side stream behind a slow kernel must see that kernel's result."""

@@ -17,6 +17,9 @@ void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void
 /// block. Does nothing and returns false where cuBLASLt has no algorithm.
 bool run_lt_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, const void* bias, void* c);
 
+/// How often run_lt_gemm was called, in words.
+std::string lt_calls();
+
 /// What computes: "cublas", or "cublaslt" where it can, as BLOCKDIAG_CUDA_GEMM asks.
 const std::string& gemm_library();
 

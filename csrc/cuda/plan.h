@@ -26,18 +26,19 @@ inline int64_t alignment(uint64_t address, int64_t stride_bytes, int64_t batch) 
 struct Problem {
   Gemm gemm;
   int64_t device, dtype, compute_type;
-  bool bias, any_reduction;          // bias added; sums may be split in any way, in the output's precision too
+  bool bias;                         // whether one is added
+  int64_t reductions;                // how parts of a sum may be added up: a mask of cublasLtReductionScheme_t
   std::array<int64_t, 4> alignments; // of A, B, C and the bias
   int64_t workspace;                 // bytes allowed
 
-  using Key = std::array<int64_t, 24>;
+  using Key = std::array<int64_t, 23>;
 
   Key key() const {
     const auto& [a, b, c] = std::tie(gemm.a, gemm.b, gemm.c);
     return {
-        gemm.m, gemm.n,        gemm.k,        gemm.batch,    a.transpose,   a.ld,          a.stride,  b.transpose,
-        b.ld,   b.stride,      c.transpose,   c.ld,          c.stride,      device,        dtype,     compute_type,
-        bias,   any_reduction, alignments[0], alignments[1], alignments[2], alignments[3], workspace,
+        gemm.m, gemm.n,     gemm.k,        gemm.batch,    a.transpose,   a.ld,          a.stride,  b.transpose,
+        b.ld,   b.stride,   c.transpose,   c.ld,          c.stride,      device,        dtype,     compute_type,
+        bias,   reductions, alignments[0], alignments[1], alignments[2], alignments[3], workspace,
     };
   }
 };
@@ -73,8 +74,10 @@ class LruCache {
     if (const auto known = index_.find(key); known != index_.end()) {
       return known->second->second;
     }
-    entries_.emplace_front(key, std::move(made));
-    index_.emplace(key, entries_.begin());
+    std::list<Entry> entry; // nothing is half done if memory runs out
+    entry.emplace_front(key, std::move(made));
+    index_.emplace(key, entry.begin());
+    entries_.splice(entries_.begin(), entry);
     if (entries_.size() > capacity_) {
       index_.erase(entries_.back().first);
       entries_.pop_back();

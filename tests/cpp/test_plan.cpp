@@ -39,7 +39,7 @@ Problem make_problem() {
       .dtype = 11,
       .compute_type = 12,
       .bias = false,
-      .any_reduction = false,
+      .reductions = 18,
       .alignments = {13, 14, 15, 16},
       .workspace = 17,
   };
@@ -64,7 +64,7 @@ void test_every_part_of_a_problem_is_in_its_key() {
       [](Problem& p) { ++p.dtype; },
       [](Problem& p) { ++p.compute_type; },
       [](Problem& p) { p.bias = true; },
-      [](Problem& p) { p.any_reduction = true; },
+      [](Problem& p) { ++p.reductions; },
       [](Problem& p) { ++p.alignments[0]; },
       [](Problem& p) { ++p.alignments[1]; },
       [](Problem& p) { ++p.alignments[2]; },
