@@ -8,11 +8,7 @@ from torch import nn
 
 from blockdiag import LowRankConv, LowRankLinear, MonarchLinear, factorize, lower_rank
 from blockdiag.conversion import projection
-
-
-def mlp(*sizes, dtype=torch.float64):
-    layers = [nn.Linear(*pair, dtype=dtype) for pair in zip(sizes[:-1], sizes[1:], strict=True)]  # noqa: RUF007
-    return nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))[:-1]
+from models import mlp
 
 
 def factorize_all(model, **arguments):
