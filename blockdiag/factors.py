@@ -15,7 +15,26 @@ from blockdiag.functional import linear
 from blockdiag.modules import BlockDiagLinear
 
 
-class LowRankLinear(nn.Module):
+class _LowRank(nn.Module):
+    """Two layers, ``down`` to few features and ``up`` from them, one after the other."""
+
+    down: Any
+    up: Any
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters of both layers anew, as they do by themselves."""
+        self.down.reset_parameters()
+        self.up.reset_parameters()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.up(self.down(input))
+
+
+class LowRankLinear(_LowRank):
     r"""A linear layer whose weight is a product of two: :math:`y = U (D x) + b`.
 
     Args:
@@ -55,23 +74,11 @@ class LowRankLinear(nn.Module):
         """The dense weight, of shape ``(out_features, in_features)``."""
         return self.up.weight @ self.down.weight
 
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    def reset_parameters(self) -> None:
-        """Draws the parameters of both layers anew, as :class:`torch.nn.Linear` does."""
-        self.down.reset_parameters()
-        self.up.reset_parameters()
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.up(self.down(input))
-
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class LowRankConv(nn.Module):
+class LowRankConv(_LowRank):
     r"""A convolution as two: one with its kernel to ``rank`` channels, and a pointwise one to its output channels.
 
     Of grouped convolutions each group has its own ``rank`` channels. Splitting after the kernel is the decomposition of
@@ -94,8 +101,6 @@ class LowRankConv(nn.Module):
     """
 
     __constants__: ClassVar[list[str]] = ["rank"]
-    down: Any
-    up: Any
 
     def __init__(self, conv: Any, rank: int) -> None:
         if rank < 1:
@@ -126,18 +131,6 @@ class LowRankConv(nn.Module):
         down = self.down.weight.unflatten(0, (self.groups, self.rank)).flatten(2)
         up = self.up.weight.flatten(1).unflatten(0, (self.groups, -1))
         return (up @ down).flatten(0, 1).unflatten(1, self.down.weight.shape[1:])
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    def reset_parameters(self) -> None:
-        """Draws the parameters of both convolutions anew."""
-        self.down.reset_parameters()
-        self.up.reset_parameters()
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.up(self.down(input))
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}"
@@ -319,7 +312,7 @@ def _permuted(features: Tensor, permutation: Tensor | None) -> Tensor:
             f"PermutedBlockDiagLinear: expected the last dimension to be {len(permutation)}, but got the shape "
             f"{tuple(features.shape)}"
         )
-    # index_select is ten times as fast on matrices as on tensors of more dimensions.
+    # On a CPU index_select is much faster on matrices than on tensors of more dimensions.
     rows = features.flatten(0, -2) if features.dim() > 2 else features
     return rows.index_select(-1, permutation).view(features.shape)
 

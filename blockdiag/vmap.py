@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_vmap
 
 ops = torch.ops.blockdiag
 
@@ -85,4 +86,4 @@ def linear_weight_grad(
 
 def register_batching_rules() -> None:
     for rule in (linear, linear_input_grad, linear_weight_grad):
-        torch.library.register_vmap(f"blockdiag::{rule.__name__}", rule)
+        register_vmap(f"blockdiag::{rule.__name__}", rule)

@@ -9,6 +9,7 @@ network, and once for a narrow one. Accuracies are means over several splits of 
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import blockdiag
+from blockdiag.__main__ import report
 from blockdiag.factors import near_square_blocks
 
 matplotlib.use("Agg")
@@ -167,9 +169,9 @@ def study(hidden: int, arguments: argparse.Namespace, device: torch.device) -> l
                 model = make_network(smaller_hidden(costs(dense)[0] - round((1 - budget) * weights)), device)
                 train(model, data, arguments.epochs + arguments.fine_tuning, 3e-3)
             else:
-                model, report = METHODS[method](dense, budget, data.train_images)
+                model, conversion = METHODS[method](dense, budget, data.train_images)
                 if split == 0 and budget == BUDGETS[1]:
-                    tqdm.write(f"\n{method}, {budget:g} of the hidden layer:\n{report}")
+                    tqdm.write(f"\n{method}, {budget:g} of the hidden layer:\n{conversion}")
                 before = accuracy(model, data)
                 train(model, data, arguments.fine_tuning, 1e-3)
             models[method, budget] = model
@@ -286,7 +288,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50, help="of timing (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument(
-        "--output", type=Path, default=Path("demo-output/does_it_pay.png"), help="the plot (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("demo-output/does_it_pay.png"),
+        help="the plot; the numbers go next to it, as .json (default: %(default)s)",
     )
     arguments = parser.parse_args()
     for name in ("epochs", "fine_tuning", "splits", "rounds"):
@@ -305,7 +310,15 @@ def main() -> int:
         print_table(results)
         print(f"\n{hidden} hidden units, {device}:\n{conclude(results, tolerance=0.003)}")
     plot(arguments.output, studies, device)
-    print(f"\nPlot: {arguments.output}")
+    numbers = {
+        "environment": report(),
+        "settings": {
+            name: getattr(arguments, name) for name in ("epochs", "fine_tuning", "splits", "rounds", "device")
+        },
+        "studies": {hidden: [result._asdict() for result in results] for hidden, results in studies.items()},
+    }
+    arguments.output.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"\nPlot: {arguments.output}\nNumbers: {arguments.output.with_suffix('.json')}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""torch.library.opcheck, torch.compile and what stands on fake tensors."""
+"""opcheck, torch.compile and what stands on fake tensors."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import metrics
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
 
 import blockdiag
 from blockdiag import BlockDiagLinear
@@ -33,10 +34,10 @@ def test_opcheck(bias, stacked, requires_grad, dtype, device):
         if tensor is not None:
             tensor.requires_grad_(requires_grad)
     arguments = (input, weight) if bias is None else (input, weight, bias)
-    torch.library.opcheck(OPS.linear.default, arguments)
+    opcheck(OPS.linear.default, arguments)
     grad_output = torch.randn_like(OPS.linear(*arguments)).requires_grad_(requires_grad)
-    torch.library.opcheck(OPS.linear_input_grad.default, (grad_output, weight, list(input.shape)))
-    torch.library.opcheck(OPS.linear_weight_grad.default, (grad_output, input, list(weight.shape)))
+    opcheck(OPS.linear_input_grad.default, (grad_output, weight, list(input.shape)))
+    opcheck(OPS.linear_weight_grad.default, (grad_output, input, list(weight.shape)))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_opcheck_strided(problem, device):
     input, weight, bias = make(problem, torch.float32, device, stacked=True)
     for strided_input in _views(input):
         for strided_weight in _views(weight):
-            torch.library.opcheck(OPS.linear.default, (strided_input, strided_weight, bias))
+            opcheck(OPS.linear.default, (strided_input, strided_weight, bias))
 
 
 def test_fake_and_real_outputs_agree(device):
