@@ -25,3 +25,5 @@ def linear_weight_grad(
 def register_flop_formulas() -> None:
     for formula in (linear, linear_input_grad, linear_weight_grad):
         register_flop_formula(getattr(torch.ops.blockdiag, formula.__name__))(formula)
+    # Sums are not counted, as torch's own formulas do not.
+    register_flop_formula(torch.ops.blockdiag.linear_weight_bias_grad)(linear_weight_grad)

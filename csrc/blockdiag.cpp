@@ -35,4 +35,5 @@ TORCH_LIBRARY(blockdiag, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", tags);
   m.def("linear_input_grad(Tensor grad_output, Tensor weight, SymInt[] input_sizes) -> Tensor", tags);
   m.def("linear_weight_grad(Tensor grad_output, Tensor input, SymInt[] weight_sizes) -> Tensor", tags);
+  m.def("linear_weight_bias_grad(Tensor grad_output, Tensor input, SymInt[] weight_sizes) -> (Tensor, Tensor)", tags);
 }

@@ -48,9 +48,20 @@ def test_backward_ops_are_differentiable_by_themselves(device):
     for function, arguments in [
         (lambda g, w: ops.linear_input_grad(g, w, [3, 2, 3]), (grad_output, weight)),
         (lambda g, x: ops.linear_weight_grad(g, x, [2, 4, 3]), (grad_output, input)),
+        (lambda g, x: ops.linear_weight_bias_grad(g, x, [2, 4, 3]), (grad_output, input)),
     ]:
         assert gradcheck(function, arguments)
         assert gradgradcheck(function, arguments)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_gradients_of_weight_and_bias_at_once(stacked, device):
+    input, weight, _ = make(Problem((2, 3), 2, 3, 4), torch.float64, device, stacked=stacked)
+    grad_output = torch.randn(2, 3, *((2, 4) if stacked else (8,)), dtype=torch.float64, device=device)
+    ops = torch.ops.blockdiag
+    weight_grad, bias_grad = ops.linear_weight_bias_grad(grad_output, input, weight.shape)
+    torch.testing.assert_close(weight_grad, ops.linear_weight_grad(grad_output, input, weight.shape))
+    torch.testing.assert_close(bias_grad, grad_output.sum((0, 1)).view(2, 4))
 
 
 def test_flat_bias_of_stacked_inputs_under_a_transposed_gradient():

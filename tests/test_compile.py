@@ -38,6 +38,7 @@ def test_opcheck(bias, stacked, requires_grad, dtype, device):
     grad_output = torch.randn_like(OPS.linear(*arguments)).requires_grad_(requires_grad)
     opcheck(OPS.linear_input_grad.default, (grad_output, weight, list(input.shape)))
     opcheck(OPS.linear_weight_grad.default, (grad_output, input, list(weight.shape)))
+    opcheck(OPS.linear_weight_bias_grad.default, (grad_output, input, list(weight.shape)))
 
 
 @pytest.mark.parametrize(

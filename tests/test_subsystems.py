@@ -26,6 +26,9 @@ def test_flops_are_counted(layer, x):
     with FlopCounterMode(display=False) as ours:
         layer(x).sum().backward()
     assert ours.get_total_flops() == loop.get_total_flops() == 3 * 2 * 5 * 4 * 3 * 5
+    with FlopCounterMode(display=False) as both:
+        torch.ops.blockdiag.linear_weight_bias_grad(layer(x), x, layer.weight.shape)
+    assert both.get_total_flops() == 2 * 2 * 5 * 4 * 3 * 5
 
 
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
