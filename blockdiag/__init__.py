@@ -6,6 +6,7 @@ from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear, Permute
 from blockdiag.flops import register_flop_formulas
 from blockdiag.functional import linear
 from blockdiag.modules import BlockDiagLinear
+from blockdiag.tuning import preferred_cuda_gemm, tune, tune_from_environment
 from blockdiag.vmap import register_batching_rules
 
 __all__ = [
@@ -18,13 +19,16 @@ __all__ = [
     "factorize",
     "linear",
     "lower_rank",
+    "preferred_cuda_gemm",
     "replace_linear",
     "split_attention",
     "stack_linears",
     "stack_models",
+    "tune",
 ]
 
 build_info = extension.build_info
 __version__: str = build_info()["version"]
 register_batching_rules()
 register_flop_formulas()
+tune_from_environment()

@@ -25,7 +25,7 @@ std::map<std::string, std::string> build_info() {
       {"cpu_gemm", cpu::gemm_library()},
   };
 #ifdef BLOCKDIAG_CUDA
-  info["cuda_gemm"] = cuda::gemm_library();
+  info["cuda_gemm"] = cuda::preferred_gemm();
   info["cublaslt"] = cuda::lt_calls();
   info["cublas"] = cuda::cublas_versions();
   info["cuda"] = std::to_string(CUDA_VERSION / 1000) + "." + std::to_string(CUDA_VERSION % 1000 / 10);

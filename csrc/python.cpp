@@ -4,7 +4,54 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef BLOCKDIAG_CUDA
+#include "cuda/gemm.h"
+#include "cuda/tune.h"
+
+namespace {
+
+namespace cuda = blockdiag::cuda;
+
+/// What blockdiag/tuning.py is made of.
+void define_tuning(pybind11::module_& m) {
+  m.def("preferred_cuda_gemm", &cuda::preferred_gemm, pybind11::arg("name") = pybind11::none());
+  m.def("cublaslt_version", &cublasLtGetVersion);
+  m.attr("PROBLEM_FIELDS") = cuda::Problem::kFields;
+  m.def(
+      "count_tuning",
+      [](int used, int measured) {
+        cuda::tuning().used += used;
+        cuda::tuning().measured += measured;
+      },
+      "Adds to the numbers of those who want measured choices used, and unknown ones measured."
+  );
+  m.def(
+      "choices",
+      [] {
+        std::vector<std::tuple<std::string, cuda::Problem::Key, cuda::Choice>> all;
+        for (const auto& [key, choice] : cuda::choices().entries()) {
+          all.emplace_back(key.device, key.problem, *choice);
+        }
+        return all;
+      },
+      "All choices: device, and numbers of the problem and of the algorithm."
+  );
+  m.def(
+      "add_choice",
+      [](const std::string& device, const cuda::Problem::Key& problem, const cuda::Choice& choice) {
+        cuda::choices().get({device, problem}, [&] { return choice; });
+      },
+      "Adds a choice, where there is none for the problem."
+  );
+}
+
+} // namespace
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of blockdiag. Importing it registers torch.ops.blockdiag.";
   m.def("build_info", &blockdiag::build_info, "What this module was built with, and the CPU library that it found.");
+#ifdef BLOCKDIAG_CUDA
+  define_tuning(m);
+#endif
 }

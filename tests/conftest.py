@@ -28,6 +28,14 @@ def require_cuda() -> None:
         pytest.skip(reason)
 
 
+def require_cuda_build() -> None:
+    """Skips the test in a build without CUDA, or fails it where FAIL_WITHOUT_CUDA_BUILD=1 says that one is expected."""
+    if blockdiag.build_info()["cuda"] == "none":
+        if os.environ.get("FAIL_WITHOUT_CUDA_BUILD") == "1":
+            pytest.fail("FAIL_WITHOUT_CUDA_BUILD=1, but blockdiag was built without CUDA")
+        pytest.skip("blockdiag was built without CUDA")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request) -> str:
     if request.param == "cuda":

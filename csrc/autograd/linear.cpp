@@ -2,14 +2,18 @@
 //
 // For every block, y = x W^T, dx = dy W and dW = dy^T x are one bilinear form read three ways, so the derivatives of each
 // of the three ops are the other two (of conjugated arguments, as PyTorch defines complex gradients).
+#include "../bias_grad.h"
 #include "../blockdiag.h"
 #include "../check.h"
+
+#ifdef BLOCKDIAG_CUDA
+#include "../cuda/gemm.h"
+#endif
 
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/ScopeExit.h>
-#include <c10/util/irange.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -39,19 +43,22 @@ c10::SymDimVector input_sizes_of(c10::SymIntArrayRef output_sizes, c10::SymIntAr
   return sizes;
 }
 
-/// The gradient of the bias: grad_output summed over the batch, as (num_blocks, out_block) or as one row.
-at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stacked, c10::SymIntArrayRef weight_sizes) {
-  c10::SmallVector<int64_t, 5> leading;
-  for (const auto dim : c10::irange(grad_output.dim() - (stacked ? 2 : 1))) {
-    leading.push_back(dim);
-  }
-  // A copy where there is nothing to sum: a parameter's gradient must not share memory with the gradient that arrived.
-  const auto sum = leading.empty() ? grad_output.clone() : grad_output.sum(leading);
-  if (stacked == bias_stacked) {
-    return sum;
-  }
-  return bias_stacked ? sum.view_symint({weight_sizes[0], weight_sizes[1]})
-                      : sum.reshape_symint({weight_sizes[0] * weight_sizes[1]});
+/// Whether one kernel may compute the gradients of weight and bias: of tensors on a GPU, outside of torch.func's transforms,
+/// torch.compile and tensor subclasses, which know the separate ops.
+bool may_fuse_bias_grad([[maybe_unused]] const at::Tensor& grad_output, [[maybe_unused]] const at::Tensor& input) {
+#ifdef BLOCKDIAG_CUDA
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet wrapped(
+      {DispatchKey::Python,
+       DispatchKey::Functionalize,
+       DispatchKey::FuncTorchBatched,
+       DispatchKey::FuncTorchGradWrapper}
+  );
+  return grad_output.is_cuda() && cuda::may_fuse_bias_grad() &&
+         !(grad_output.key_set() | input.key_set()).has_any(wrapped);
+#else
+  return false;
+#endif
 }
 
 // Forward-mode AD carries one tangent in each tensor, at a level that is always 0.
@@ -149,11 +156,18 @@ struct Linear : torch::autograd::Function<Linear> {
       const auto input_sizes = input_sizes_of(grad_output.sym_sizes(), weight_sizes, stacked);
       grads[0] = linear_input_grad(grad_output, conj_if_complex(saved[0]), input_sizes);
     }
+    const auto bias_stacked = ctx->saved_data.find("bias_stacked");
+    const bool needs_bias_grad = bias_stacked != ctx->saved_data.end() && ctx->needs_input_grad(2);
+    if (needs_bias_grad && ctx->needs_input_grad(1) && may_fuse_bias_grad(grad_output, saved[1])) {
+      auto [weight_grad, bias_grad] = linear_weight_bias_grad(grad_output, conj_if_complex(saved[1]), weight_sizes);
+      grads[1] = weight_grad;
+      grads[2] = bias_stacked->second.toBool() ? bias_grad : bias_grad.flatten();
+      return grads;
+    }
     if (ctx->needs_input_grad(1)) {
       grads[1] = linear_weight_grad(grad_output, conj_if_complex(saved[1]), weight_sizes);
     }
-    const auto bias_stacked = ctx->saved_data.find("bias_stacked");
-    if (bias_stacked != ctx->saved_data.end() && ctx->needs_input_grad(2)) {
+    if (needs_bias_grad) {
       grads[2] = bias_grad(grad_output, stacked, bias_stacked->second.toBool(), weight_sizes);
     }
     return grads;
@@ -301,10 +315,21 @@ at::Tensor autograd_linear_weight_grad(
   return autograd_bilinear<LinearWeightGrad>(linear_weight_grad, grad_output, input, weight_sizes);
 }
 
+std::tuple<at::Tensor, at::Tensor> autograd_linear_weight_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  if (requires_grad(grad_output, input) || has_tangent(grad_output, input)) {
+    return separate_weight_and_bias_grad(grad_output, input, weight_sizes);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return linear_weight_bias_grad(grad_output, input, weight_sizes);
+}
+
 } // namespace
 } // namespace blockdiag
 
 TORCH_LIBRARY_IMPL(blockdiag, Autograd, m) {
+  m.impl("linear_weight_bias_grad", TORCH_FN(blockdiag::autograd_linear_weight_bias_grad));
   m.impl("linear", TORCH_FN(blockdiag::autograd_linear));
   m.impl("linear_input_grad", TORCH_FN(blockdiag::autograd_linear_input_grad));
   m.impl("linear_weight_grad", TORCH_FN(blockdiag::autograd_linear_weight_grad));

@@ -3,6 +3,7 @@
 
 #include "../gemm.h"
 
+#include <ATen/Context.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
@@ -33,6 +34,18 @@ inline Types types_of(c10::ScalarType dtype, bool tf32) {
       return {CUDA_C_64F, CUBLAS_COMPUTE_64F};
     default:
       TORCH_INTERNAL_ASSERT(false, "the check lets no other dtype pass");
+  }
+}
+
+/// How a dtype's products may be reduced: torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction.
+inline at::CuBLASReductionOption reduction_option(c10::ScalarType dtype) {
+  switch (dtype) {
+    case c10::kHalf:
+      return at::globalContext().allowFP16ReductionCuBLAS();
+    case c10::kBFloat16:
+      return at::globalContext().allowBF16ReductionCuBLAS();
+    default:
+      return at::CuBLASReductionOption::AllowReducedPrecisionWithSplitK;
   }
 }
 

@@ -4,9 +4,12 @@
 
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
+#include <c10/util/StringUtil.h>
 #include <c10/util/env.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 
 namespace blockdiag::cuda {
 namespace {
@@ -16,10 +19,16 @@ namespace {
 class ReductionMode {
  public:
   ReductionMode(cublasHandle_t handle, cublasMath_t mode, c10::ScalarType dtype) : handle_(handle), mode_(mode) {
-    const auto allow = at::CuBLASReductionOption::AllowReducedPrecisionWithSplitK;
-    const auto& context = at::globalContext();
-    disallow_ = (dtype == at::kHalf && context.allowFP16ReductionCuBLAS() != allow) ||
-                (dtype == at::kBFloat16 && context.allowBF16ReductionCuBLAS() != allow);
+    using Option = at::CuBLASReductionOption;
+    const auto option = reduction_option(dtype);
+    TORCH_CHECK(
+        option != Option::DisallowReducedPrecisionDisallowSplitK,
+        "blockdiag: expected allow_splitk=True in "
+        "torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction "
+        "where cuBLAS computes, as it cannot be told not to split sums: cuBLASLt can, by "
+        "blockdiag.preferred_cuda_gemm(\"cublaslt\"), but it has no algorithm for some problems"
+    );
+    disallow_ = option != Option::AllowReducedPrecisionWithSplitK;
     if (disallow_) {
       cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     }
@@ -134,18 +143,42 @@ void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void
   }
 }
 
-const std::string& gemm_library() {
-  static const std::string chosen = [] {
-    const auto asked = c10::utils::get_env("BLOCKDIAG_CUDA_GEMM").value_or("cublas");
-    TORCH_CHECK(
-        asked == "cublas" || asked == "cublaslt",
-        "blockdiag: expected BLOCKDIAG_CUDA_GEMM to be one of [cublas, cublaslt], but got \"",
-        asked,
-        "\""
-    );
-    return asked;
-  }();
-  return chosen;
+namespace {
+
+constexpr std::array kLibraryNames = {"cublas", "cublaslt"}; // in the order of Library
+
+Library library_named(const std::string& name, const char* what) {
+  const auto found = std::find(kLibraryNames.begin(), kLibraryNames.end(), name);
+  TORCH_CHECK_VALUE(
+      found != kLibraryNames.end(),
+      "blockdiag: expected ",
+      what,
+      " to be one of [",
+      c10::Join(", ", kLibraryNames),
+      "], but got \"",
+      name,
+      "\""
+  );
+  return static_cast<Library>(found - kLibraryNames.begin());
+}
+
+std::atomic<Library>& preferred() {
+  static std::atomic<Library> library =
+      library_named(c10::utils::get_env("BLOCKDIAG_CUDA_GEMM").value_or("cublas"), "BLOCKDIAG_CUDA_GEMM");
+  return library;
+}
+
+} // namespace
+
+Library preferred_library() {
+  return preferred();
+}
+
+std::string preferred_gemm(const std::optional<std::string>& name) {
+  if (name) {
+    preferred() = library_named(*name, "the name of a library");
+  }
+  return kLibraryNames[static_cast<size_t>(preferred_library())];
 }
 
 std::string cublas_versions() {

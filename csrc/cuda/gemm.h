@@ -5,6 +5,7 @@
 
 #include <c10/core/ScalarType.h>
 
+#include <optional>
 #include <string>
 
 namespace blockdiag::cuda {
@@ -17,11 +18,26 @@ void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void
 /// block. Does nothing and returns false where cuBLASLt has no algorithm.
 bool run_lt_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, const void* bias, void* c);
 
-/// How often run_lt_gemm was called, in words.
+/// The same, of a weight's gradient, with the gradient of the bias in the same kernel: B summed over k into `bias_grad`,
+/// contiguous, gemm.n elements for each block. Does nothing and returns false also where that is not known to be faster than
+/// a kernel of its own for the sum.
+bool run_lt_weight_bias_grad(
+    const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, void* bias_grad
+);
+
+/// Whether run_lt_weight_bias_grad may compute anything. Not in deterministic mode: how its kernels sum is not documented.
+bool may_fuse_bias_grad();
+
+/// How often cuBLASLt was called, in words.
 std::string lt_calls();
 
-/// What computes: "cublas", or "cublaslt" where it can, as BLOCKDIAG_CUDA_GEMM asks.
-const std::string& gemm_library();
+/// What computes; cuBLAS does what another cannot.
+enum class Library { kCublas, kCublasLt };
+Library preferred_library();
+
+/// Sets the library by name, if one is given, for the whole process, and returns the name. At first it is what
+/// BLOCKDIAG_CUDA_GEMM says, or cublas.
+std::string preferred_gemm(const std::optional<std::string>& name = std::nullopt);
 
 /// The versions of cuBLAS built with and found.
 std::string cublas_versions();

@@ -1,6 +1,8 @@
+#include "../bias_grad.h"
 #include "../pass.h"
 #include "gemm.h"
 
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -9,7 +11,7 @@ namespace {
 
 void run_gemm(const Pass& pass, const at::Tensor& result) {
   const bool has_bias = pass.bias.defined();
-  if (cuda::gemm_library() == "cublaslt") {
+  if (cuda::preferred_library() == cuda::Library::kCublasLt) {
     const void* bias = has_bias ? pass.bias.const_data_ptr() : nullptr;
     const void *a = pass.a.const_data_ptr(), *b = pass.b.const_data_ptr();
     if (cuda::run_lt_gemm(pass.gemm, result.scalar_type(), a, b, bias, result.mutable_data_ptr())) {
@@ -49,6 +51,24 @@ at::Tensor linear_weight_grad(
   return run(linear_weight_grad_pass(grad_output, input, weight_sizes));
 }
 
+std::tuple<at::Tensor, at::Tensor> weight_and_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  const c10::cuda::CUDAGuard guard(grad_output.device());
+  const auto pass = linear_weight_grad_pass(grad_output, input, weight_sizes);
+  const Gemm& gemm = pass.gemm;
+  if (cuda::may_fuse_bias_grad() && gemm.m != 0 && gemm.n != 0 && gemm.k != 0 && gemm.batch != 0) {
+    auto weight_grad = at::empty(pass.result_sizes, pass.a.options());
+    auto bias_grad = at::empty({gemm.batch, gemm.n}, pass.a.options());
+    const void *a = pass.a.const_data_ptr(), *b = pass.b.const_data_ptr();
+    void *c = weight_grad.mutable_data_ptr(), *sum = bias_grad.mutable_data_ptr();
+    if (cuda::run_lt_weight_bias_grad(gemm, weight_grad.scalar_type(), a, b, c, sum)) {
+      return {std::move(weight_grad), std::move(bias_grad)};
+    }
+  }
+  return separate_weight_and_bias_grad(grad_output, input, weight_sizes);
+}
+
 } // namespace
 } // namespace blockdiag
 
@@ -56,4 +76,5 @@ TORCH_LIBRARY_IMPL(blockdiag, CUDA, m) {
   m.impl("linear", TORCH_FN(blockdiag::linear));
   m.impl("linear_input_grad", TORCH_FN(blockdiag::linear_input_grad));
   m.impl("linear_weight_grad", TORCH_FN(blockdiag::linear_weight_grad));
+  m.impl("linear_weight_bias_grad", TORCH_FN(blockdiag::weight_and_bias_grad));
 }

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 namespace blockdiag::cuda {
 
@@ -22,23 +23,56 @@ inline int64_t alignment(uint64_t address, int64_t stride_bytes, int64_t batch) 
   return int64_t{1} << std::countr_zero(bits);
 }
 
+/// What the GEMM's kernel does beside the product: nothing, add the bias, or sum B over k into the gradient of the bias.
+enum class Epilogue : int64_t { kNone, kBias, kBiasGrad };
+
 /// Everything that cuBLASLt's heuristic reads of a problem; equal problems have one plan.
 struct Problem {
   Gemm gemm;
   int64_t device, dtype, compute_type;
-  bool bias;                         // whether one is added
+  Epilogue epilogue;
   int64_t reductions;                // how parts of a sum may be added up: a mask of cublasLtReductionScheme_t
-  std::array<int64_t, 4> alignments; // of A, B, C and the bias
+  std::array<int64_t, 4> alignments; // of A, B, C and the bias or its gradient
   int64_t workspace;                 // bytes allowed
+  bool deterministic;                // what was measured without it was not checked for it
 
-  using Key = std::array<int64_t, 23>;
+  /// The fields by name, in the order of a key. `device` is the ordinal.
+  static constexpr std::array kFields = {
+      "m",           "n",           "k",           "batch",          "transpose_a", "lda",
+      "stride_a",    "transpose_b", "ldb",         "stride_b",       "transpose_c", "ldc",
+      "stride_c",    "device",      "dtype",       "compute_type",   "epilogue",    "reductions",
+      "alignment_a", "alignment_b", "alignment_c", "alignment_bias", "workspace",   "deterministic",
+  };
+
+  using Key = std::array<int64_t, kFields.size()>;
 
   Key key() const {
     const auto& [a, b, c] = std::tie(gemm.a, gemm.b, gemm.c);
     return {
-        gemm.m, gemm.n,     gemm.k,        gemm.batch,    a.transpose,   a.ld,          a.stride,  b.transpose,
-        b.ld,   b.stride,   c.transpose,   c.ld,          c.stride,      device,        dtype,     compute_type,
-        bias,   reductions, alignments[0], alignments[1], alignments[2], alignments[3], workspace,
+        gemm.m,
+        gemm.n,
+        gemm.k,
+        gemm.batch,
+        a.transpose,
+        a.ld,
+        a.stride,
+        b.transpose,
+        b.ld,
+        b.stride,
+        c.transpose,
+        c.ld,
+        c.stride,
+        device,
+        dtype,
+        compute_type,
+        static_cast<int64_t>(epilogue),
+        reductions,
+        alignments[0],
+        alignments[1],
+        alignments[2],
+        alignments[3],
+        workspace,
+        deterministic,
     };
   }
 };
@@ -62,6 +96,17 @@ class LruCache {
  public:
   explicit LruCache(size_t capacity) : capacity_(capacity) {}
 
+  /// The value of the key, or null.
+  std::shared_ptr<const Value> find(const Key& key) {
+    const std::lock_guard lock(mutex_);
+    const auto known = index_.find(key);
+    if (known == index_.end()) {
+      return nullptr;
+    }
+    entries_.splice(entries_.begin(), entries_, known->second);
+    return known->second->second;
+  }
+
   /// The value of the key, made by `make` if there is none: outside of the lock, so that a slow or failing one holds up
   /// nobody, and leaves nothing. Of several threads that make one the first's is kept.
   template <typename Make>
@@ -69,20 +114,18 @@ class LruCache {
     if (auto found = find(key)) {
       return found;
     }
-    auto made = std::make_shared<const Value>(make());
+    return insert(key, std::make_shared<const Value>(make()), /*replace=*/false);
+  }
+
+  /// Sets the value of the key, whether it has one or not.
+  void set(const Key& key, Value value) {
+    insert(key, std::make_shared<const Value>(std::move(value)), /*replace=*/true);
+  }
+
+  /// All keys and values, the longest unused first.
+  std::vector<std::pair<Key, std::shared_ptr<const Value>>> entries() const {
     const std::lock_guard lock(mutex_);
-    if (const auto known = index_.find(key); known != index_.end()) {
-      return known->second->second;
-    }
-    std::list<Entry> entry; // nothing is half done if memory runs out
-    entry.emplace_front(key, std::move(made));
-    index_.emplace(key, entry.begin());
-    entries_.splice(entries_.begin(), entry);
-    if (entries_.size() > capacity_) {
-      index_.erase(entries_.back().first);
-      entries_.pop_back();
-    }
-    return entries_.front().second;
+    return {entries_.rbegin(), entries_.rend()};
   }
 
   size_t size() const {
@@ -93,14 +136,23 @@ class LruCache {
  private:
   using Entry = std::pair<Key, std::shared_ptr<const Value>>;
 
-  std::shared_ptr<const Value> find(const Key& key) {
+  std::shared_ptr<const Value> insert(const Key& key, std::shared_ptr<const Value> value, bool replace) {
     const std::lock_guard lock(mutex_);
-    const auto known = index_.find(key);
-    if (known == index_.end()) {
-      return nullptr;
+    if (const auto known = index_.find(key); known != index_.end()) {
+      if (replace) {
+        known->second->second = std::move(value);
+      }
+      return known->second->second;
     }
-    entries_.splice(entries_.begin(), entries_, known->second);
-    return known->second->second;
+    std::list<Entry> entry; // nothing is half done if memory runs out
+    entry.emplace_front(key, std::move(value));
+    index_.emplace(key, entry.begin());
+    entries_.splice(entries_.begin(), entry);
+    if (entries_.size() > capacity_) {
+      index_.erase(entries_.back().first);
+      entries_.pop_back();
+    }
+    return entries_.front().second;
   }
 
   size_t capacity_;

@@ -13,6 +13,7 @@ namespace {
 
 using blockdiag::Gemm;
 using blockdiag::cuda::alignment;
+using blockdiag::cuda::Epilogue;
 using blockdiag::cuda::KeyHash;
 using blockdiag::cuda::LruCache;
 using blockdiag::cuda::Problem;
@@ -38,10 +39,11 @@ Problem make_problem() {
       .device = 0,
       .dtype = 11,
       .compute_type = 12,
-      .bias = false,
+      .epilogue = Epilogue::kNone,
       .reductions = 18,
       .alignments = {13, 14, 15, 16},
       .workspace = 17,
+      .deterministic = false,
   };
 }
 
@@ -63,20 +65,25 @@ void test_every_part_of_a_problem_is_in_its_key() {
       [](Problem& p) { ++p.device; },
       [](Problem& p) { ++p.dtype; },
       [](Problem& p) { ++p.compute_type; },
-      [](Problem& p) { p.bias = true; },
+      [](Problem& p) { p.epilogue = Epilogue::kBias; },
       [](Problem& p) { ++p.reductions; },
       [](Problem& p) { ++p.alignments[0]; },
       [](Problem& p) { ++p.alignments[1]; },
       [](Problem& p) { ++p.alignments[2]; },
       [](Problem& p) { ++p.alignments[3]; },
       [](Problem& p) { ++p.workspace; },
+      [](Problem& p) { p.deterministic = true; },
   };
   std::set<Problem::Key> keys = {make_problem().key()};
   std::set<size_t> hashes = {KeyHash()(make_problem().key())};
   require(make_problem().key() == make_problem().key(), "equal problems have equal keys");
-  for (const auto& change : changes) {
+  require(changes.size() == Problem::kFields.size(), "each part has a name");
+  for (size_t i = 0; i < changes.size(); ++i) {
     auto problem = make_problem();
-    change(problem);
+    changes[i](problem);
+    auto but_for_one = problem.key();
+    but_for_one[i] = make_problem().key()[i];
+    require(but_for_one == make_problem().key(), Problem::kFields[i]);
     keys.insert(problem.key());
     hashes.insert(KeyHash()(problem.key()));
   }
@@ -104,6 +111,21 @@ void test_the_longest_unused_goes_first() {
   require(made == 4, "what was used last is kept");
   get(2);
   require(made == 5, "what was dropped is made again");
+}
+
+void test_a_value_is_replaced() {
+  LruCache<int, int, IntHash> cache(2);
+  cache.set(1, 10);
+  const auto before = cache.find(1);
+  cache.set(1, 11);
+  require(*before == 10, "who holds the old value keeps it");
+  require(*cache.find(1) == 11 && cache.size() == 1, "the new one takes its place");
+  require(*cache.get(1, [] { return 12; }) == 11, "and is found");
+  require(cache.find(2) == nullptr, "what was never set is not");
+  cache.set(2, 20);
+  cache.find(1);
+  const auto entries = cache.entries();
+  require(entries.size() == 2 && entries[0].first == 2 && entries[1].first == 1, "the longest unused comes first");
 }
 
 void test_a_failure_leaves_nothing() {
@@ -140,6 +162,7 @@ int main() {
   test_alignment();
   test_every_part_of_a_problem_is_in_its_key();
   test_the_longest_unused_goes_first();
+  test_a_value_is_replaced();
   test_a_failure_leaves_nothing();
   test_many_threads();
   std::puts("all passed");

@@ -1,0 +1,202 @@
+"""How products on a GPU are computed: by which library, and by which of cuBLASLt's algorithms."""
+
+import atexit
+import contextlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockdiag._load import extension
+
+_FORMAT = {"format": "blockdiag tuning", "version": 1}
+
+#: A device, the versions that its measurements hold for, and the choices made there: numbers of a problem by name, and
+#: an algorithm's bytes in hexadecimal digits.
+Environment = dict[str, Any]
+
+
+def preferred_cuda_gemm(name: str | None = None) -> str:
+    """Sets, if a name is given, which library computes on GPUs in this process, and returns it.
+
+    Args:
+        name: ``"cublas"``, or ``"cublaslt"``, which adds the bias in the product's kernel and leaves to cuBLAS what it
+            has no algorithm for. At first it is what the environment variable BLOCKDIAG_CUDA_GEMM says, or
+            ``"cublas"``.
+
+    Raises:
+        ValueError: there is no such library.
+        RuntimeError: blockdiag was built without CUDA.
+    """
+    if not hasattr(extension, "preferred_cuda_gemm"):
+        raise RuntimeError("blockdiag.preferred_cuda_gemm: expected a build of blockdiag with CUDA, but this has none")
+    return extension.preferred_cuda_gemm(name)
+
+
+@contextlib.contextmanager
+def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) -> Iterator[None]:
+    """Within it, cuBLASLt computes by the fastest of the algorithms that its heuristic recommends, not by the first.
+
+    Whenever a problem comes that is new, up to 16 algorithms are timed on copies of its operands, with as much memory
+    as twice the GPU's second-level cache, and the winner is used from then on: also in the backward pass, in later
+    calls of this function, and by all GPUs of the same name. A gradient of the bias is computed in the kernel of the
+    weight's where that is faster. An algorithm is left out if its result differs from that of the heuristic's first,
+    and in deterministic mode if it differs between two runs. While a CUDA graph is captured nothing is measured: call
+    the model once before.
+
+    It concerns ``preferred_cuda_gemm("cublaslt")`` alone, and changes nothing without CUDA. The environment variable
+    ``BLOCKDIAG_TUNE=path`` does the same from import to exit.
+
+    Args:
+        path: where choices are kept, as JSON. Those in it that were made on this GPU with these versions of torch and
+            cuBLASLt are used, and what was measured meanwhile is added at the end. A file that is damaged, or made for
+            other versions or GPUs only, is reported by a warning and ignored; one that is no such file is never
+            overwritten.
+        measure: False uses what is known, and measures nothing.
+
+    Raises:
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    with _tuning(path, measure):
+        yield
+
+
+@contextlib.contextmanager
+def _tuning(path: str | os.PathLike[str] | None, measure: bool, compare_devices: bool = True) -> Iterator[None]:
+    file = None if path is None else Path(path).absolute()
+    if file is not None and not file.parent.is_dir():
+        raise FileNotFoundError(f"blockdiag.tune: expected a file in an existing folder, but got {file}")
+    if not hasattr(extension, "preferred_cuda_gemm"):
+        yield
+        return
+    if preferred_cuda_gemm() == "cublas":
+        warnings.warn(
+            "blockdiag.tune: only cuBLASLt has algorithms to choose from, but cuBLAS is what computes: set "
+            'BLOCKDIAG_CUDA_GEMM=cublaslt, or call blockdiag.preferred_cuda_gemm("cublaslt")',
+            stacklevel=5,
+        )
+    if file is not None and file.exists():
+        try:
+            environments = _read(file)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"blockdiag.tune: {file} is ignored, and left as it is: {error}", stacklevel=5)
+            file = None
+        else:
+            _use(environments, file, compare_devices)
+    known = len(extension.choices())
+    extension.count_tuning(1, int(measure))
+    try:
+        yield
+    finally:
+        extension.count_tuning(-1, -int(measure))
+        if file is not None and len(extension.choices()) > known:
+            _add_to(file)
+
+
+def _versions() -> dict[str, Any]:
+    return {"torch": str(torch.__version__), "cublaslt": extension.cublaslt_version()}
+
+
+def _use(environments: list[Environment], file: Path, compare_devices: bool) -> None:
+    """Takes over the choices that were made with these versions."""
+    versions = _versions()
+    matching = [environment for environment in environments if environment.items() >= versions.items()]
+    if compare_devices and torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+        matching = [environment for environment in matching if environment["device"] in names]
+        versions["device"] = " or ".join(sorted(names))
+    if environments and not matching:
+        found = [{name: environment[name] for name in versions} for environment in environments]
+        warnings.warn(
+            f"blockdiag.tune: {file} has nothing for {versions}: it was made for {found}",
+            stacklevel=6,
+        )
+    for environment in matching:
+        for choice in environment["choices"]:
+            numbers = [choice["problem"].get(name, 0) for name in extension.PROBLEM_FIELDS]
+            algorithm = bytes.fromhex(choice["algorithm"])
+            words = [int.from_bytes(algorithm[i : i + 8], "little") for i in range(0, len(algorithm), 8)]
+            extension.add_choice(environment["device"], numbers, words)
+
+
+def _measured() -> list[Environment]:
+    """All choices of this process."""
+    by_device: dict[str, list[dict[str, Any]]] = {}
+    for device, numbers, words in extension.choices():
+        problem = dict(zip(extension.PROBLEM_FIELDS, numbers, strict=True))
+        del problem["device"]  # an ordinal, which may be another next time
+        algorithm = b"".join(word.to_bytes(8, "little") for word in words)
+        by_device.setdefault(device, []).append({"problem": problem, "algorithm": algorithm.hex()})
+    return [{"device": device, **_versions(), "choices": choices} for device, choices in by_device.items()]
+
+
+def _add_to(file: Path) -> None:
+    """Adds this process's choices to those of the file, which another process may have changed meanwhile."""
+    try:
+        environments = _read(file) if file.exists() else []
+    except ValueError as error:
+        warnings.warn(f"blockdiag.tune: {file} was changed, and is left as it is: {error}", stacklevel=5)
+        return
+    for environment in _measured():
+        name = {key: value for key, value in environment.items() if key != "choices"}
+        others = [old for old in environments if not old.items() >= name.items()]
+        mine = [old for old in environments if old.items() >= name.items()]
+        choices = {json.dumps(old["problem"], sort_keys=True): old for same in mine for old in same["choices"]}
+        choices |= {json.dumps(new["problem"], sort_keys=True): new for new in environment["choices"]}
+        environments = [*others, {**name, "choices": list(choices.values())}]
+    # A reader sees the old file or the new one, and never a part.
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as part:
+        json.dump({**_FORMAT, "environments": environments}, part, indent=1)
+    os.replace(part.name, file)
+
+
+def _read(file: Path) -> list[Environment]:
+    """The content of a file, checked.
+
+    Raises:
+        ValueError: it is no such file, or damaged.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(content, dict) or not content.items() >= _FORMAT.items():
+        raise ValueError(f"expected it to say {_FORMAT}")
+    problem_type: dict[str, type] = {name: int for name in extension.PROBLEM_FIELDS if name != "device"}
+    environments = content.get("environments")
+    if not isinstance(environments, list):
+        raise ValueError(f"expected a list of environments, but got {environments!r}")
+    for environment in environments:
+        _expect(environment, {"device": str, "torch": str, "cublaslt": int, "choices": list})
+        for choice in environment["choices"]:
+            _expect(choice, {"problem": dict, "algorithm": str})
+            _expect(choice["problem"], problem_type)
+            if any(not -(2**63) <= number < 2**63 for number in choice["problem"].values()):
+                raise ValueError(f"expected numbers of 64 bits, but got {choice['problem']}")
+            if len(choice["algorithm"]) != 128 or set(choice["algorithm"]) - set("0123456789abcdef"):
+                raise ValueError(f"expected 128 hexadecimal digits, but got {choice['algorithm']!r}")
+    return environments
+
+
+def _expect(value: object, types: dict[str, type]) -> None:
+    found = {name: type(item) for name, item in value.items()} if isinstance(value, dict) else type(value)
+    if found != types:
+        names = {name: kind.__name__ for name, kind in types.items()}
+        raise ValueError(f"expected an object of {names}, but got {value!r:.200}")
+
+
+def tune_from_environment() -> None:
+    """Does what the environment variable BLOCKDIAG_TUNE asks for, until the process ends."""
+    path = os.environ.get("BLOCKDIAG_TUNE")
+    if path:
+        # Names of devices are not asked for: that would start CUDA on the first of them in every process.
+        tuning = _tuning(path, measure=True, compare_devices=False)
+        tuning.__enter__()
+        atexit.register(tuning.__exit__, None, None, None)
