@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -87,11 +89,70 @@ print(blockdiag.build_info()["cublaslt"])
 """
 
 
+@pytest.fixture(params=["cublas", "cublaslt", "tuned"])
+def gemm(request):
+    """Each way to compute on a GPU, in turn."""
+    before = blockdiag.preferred_cuda_gemm("cublas" if request.param == "cublas" else "cublaslt")
+    with blockdiag.tune() if request.param == "tuned" else nullcontext():
+        yield request.param
+    blockdiag.preferred_cuda_gemm(before)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
 @pytest.mark.cuda
 class TestDevice:
     @pytest.fixture(autouse=True)
     def _require_gpu(self):
         require_cuda()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+    def test_torchs_own_flags(self, gemm, dtype):
+        """Reduced precision where torch allows it, and no deterministic mode, which the other tests switch on."""
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = True
+        torch.use_deterministic_algorithms(False)
+        tensors = make(Problem((1000,), 4, 64, 96), dtype, "cuda")
+        grad_output = torch.randn(1000, 4 * 96, dtype=dtype, device="cuda")
+        wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        expected = torch.einsum("bgk,gnk->bgn", wide[0].view(1000, 4, 64), wide[1]).flatten(1) + wide[2]
+        expected_grads = torch.autograd.grad(expected, wide, grad_output.double())
+        for _ in range(2):
+            output = blockdiag.linear(*tensors)
+            results = [output, *torch.autograd.grad(output, tensors, grad_output)]
+            for actual, exact in zip(results, [expected, *expected_grads], strict=True):
+                assert relative_error(actual, exact) < 0.01
+
+    @pytest.mark.parametrize("allow", ["fp16", "bf16"])
+    def test_sums_that_must_not_be_split(self, gemm, allow):
+        """cuBLAS cannot be told so: as torch's own products, it refuses."""
+        dtype = torch.float16 if allow == "fp16" else torch.bfloat16
+        input, weight, bias = make(Problem((64,), 4, 64, 32), dtype, "cuda")
+        setattr(torch.backends.cuda.matmul, f"allow_{allow}_reduced_precision_reduction", (False, False))
+        if gemm == "cublas":
+            with pytest.raises(RuntimeError, match=r"expected allow_splitk=True .*preferred_cuda_gemm"):
+                blockdiag.linear(input, weight, bias)
+        else:
+            check(blockdiag.linear, input, weight, bias)
+
+    def test_threads_with_streams_of_their_own(self, gemm):
+        """Plans are shared, results are not."""
+
+        def work(seed: int) -> bool:
+            generator = torch.Generator("cuda").manual_seed(seed)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for size in (16, 32, 48, 64) * 3:
+                    shapes = [(64, 4 * size), (4, 32, size), (128,)]
+                    x, w, b = (torch.randn(shape, generator=generator, device="cuda") for shape in shapes)
+                    expected = torch.einsum("bgk,gnk->bgn", x.view(64, 4, size), w).flatten(1) + b
+                    if relative_error(blockdiag.linear(x, w, b), expected.double()) > 1e-5:
+                        return False
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(8)))
 
     @pytest.mark.parametrize("reduced", [True, False, (False, False)], ids=str)
     def test_cublaslt_computes(self, reduced):
@@ -102,7 +163,7 @@ class TestDevice:
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip() == "12 calls, 0 left to cuBLAS"
 
-    def test_current_stream(self):
+    def test_current_stream(self, gemm):
         """Work queued on a side stream behind a slow kernel must see that kernel's result."""
         input, weight, bias = (t.detach() for t in make(Problem((512,), 8, 64, 64), torch.float32, "cuda"))
         expected = blockdiag.linear(input, weight, bias)
@@ -125,7 +186,7 @@ class TestDevice:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
     @pytest.mark.parametrize("num_blocks", [1, 4])
-    def test_graph_capture_and_replay(self, num_blocks, dtype):
+    def test_graph_capture_and_replay(self, num_blocks, dtype, gemm):
         """Forward and backward in one captured graph; replays compute on new data in the same memory."""
         input, weight, bias = make(Problem((64,), num_blocks, 32, 32), dtype, "cuda")
         grad_output = torch.randn(64, 32 * num_blocks, dtype=dtype, device="cuda")
@@ -168,7 +229,7 @@ class TestDevice:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def test_repeated_calls_are_bitwise_equal(self):
+    def test_repeated_calls_are_bitwise_equal(self, gemm):
         input, weight, bias = make(Problem((512,), 8, 128, 96), torch.float16, "cuda")
         grad_output = torch.randn(512, 8 * 96, dtype=torch.float16, device="cuda")
         runs = []
