@@ -41,6 +41,8 @@ def report() -> dict[str, str]:
     variables = (
         "ATEN_CPU_CAPABILITY",
         "BLOCKDIAG_CPU_GEMM",
+        "BLOCKDIAG_CUDA_GEMM",
+        "BLOCKDIAG_TUNE",
         "CUBLAS_WORKSPACE_CONFIG",
         "CUDA_VISIBLE_DEVICES",
         "MKL_ENABLE_INSTRUCTIONS",

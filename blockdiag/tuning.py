@@ -54,7 +54,7 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
 
     Args:
         path: where choices are kept, as JSON. Those in it that were made on this GPU with these versions of torch and
-            cuBLASLt are used, and what was measured meanwhile is added at the end. A file that is damaged, or made for
+            cuBLASLt are used, and what this process has measured is added at the end. A file that is damaged, or made for
             other versions or GPUs only, is reported by a warning and ignored; one that is no such file is never
             overwritten.
         measure: False uses what is known, and measures nothing.
@@ -88,13 +88,12 @@ def _tuning(path: str | os.PathLike[str] | None, measure: bool, compare_devices:
             file = None
         else:
             _use(environments, file, compare_devices)
-    known = len(extension.choices())
     extension.count_tuning(1, int(measure))
     try:
         yield
     finally:
         extension.count_tuning(-1, -int(measure))
-        if file is not None and len(extension.choices()) > known:
+        if file is not None:
             _add_to(file)
 
 
@@ -142,13 +141,17 @@ def _add_to(file: Path) -> None:
     except ValueError as error:
         warnings.warn(f"blockdiag.tune: {file} was changed, and is left as it is: {error}", stacklevel=5)
         return
+    is_new = False
     for environment in _measured():
         name = {key: value for key, value in environment.items() if key != "choices"}
         others = [old for old in environments if not old.items() >= name.items()]
         mine = [old for old in environments if old.items() >= name.items()]
-        choices = {json.dumps(old["problem"], sort_keys=True): old for same in mine for old in same["choices"]}
-        choices |= {json.dumps(new["problem"], sort_keys=True): new for new in environment["choices"]}
-        environments = [*others, {**name, "choices": list(choices.values())}]
+        old_choices = {json.dumps(old["problem"], sort_keys=True): old for same in mine for old in same["choices"]}
+        choices = {json.dumps(new["problem"], sort_keys=True): new for new in environment["choices"]}
+        is_new = is_new or any(old_choices.get(problem) != new for problem, new in choices.items())
+        environments = [*others, {**name, "choices": list((old_choices | choices).values())}]
+    if not is_new:
+        return
     # A reader sees the old file or the new one, and never a part.
     with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as part:
         json.dump({**_FORMAT, "environments": environments}, part, indent=1)
