@@ -4,9 +4,11 @@ ATen's kernels cannot run. So every op that has one is overridden: CPU tensors o
 new results are copied into CUDA tensors. What only makes or views tensors is left to ATen, and with it all that allocates.
 """
 
+import atexit
 import ctypes
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Without a CUDA registration of their own: composite, and with kernels that they look up by the device.
-COMPOSITE = ["aten::copy_"]
+COMPOSITE = ["aten::copy_", "aten::convolution", "aten::convolution_backward"]
 
 # They allocate, or do what the CPU's op would refuse to.
 REAL = {
@@ -31,6 +33,18 @@ REAL = {
 }
 
 
+def _rms_norm_backward(grad, input, normalized_shape, rstd, weight, output_mask):
+    """aten::_fused_rms_norm_backward, which no CPU computes."""
+    normed = input * rstd
+    direction = grad if weight is None else grad * weight
+    inner, outer = tuple(range(-len(normalized_shape), 0)), tuple(range(input.dim() - len(normalized_shape)))
+    grad_input = rstd * (direction - normed * (direction * normed).mean(inner, keepdim=True))
+    return grad_input.to(input.dtype), (grad * normed).sum(outer) if output_mask[1] else None
+
+
+SUBSTITUTES = {"aten::_fused_rms_norm_backward": _rms_norm_backward}
+
+
 def _find(name: str) -> torch._ops.OpOverload:
     namespace, _, rest = name.partition("::")
     base, _, overload = rest.partition(".")
@@ -39,6 +53,10 @@ def _find(name: str) -> torch._ops.OpOverload:
 
 def _is_view(op: torch._ops.OpOverload) -> bool:
     return any(value.alias_info is not None and not value.alias_info.is_write for value in op._schema.returns)
+
+
+def _returns_tensors(op) -> bool:
+    return op in SUBSTITUTES.values() or all("Tensor" in str(value.type) for value in op._schema.returns)
 
 
 def alias(tensor: Tensor) -> Tensor:
@@ -193,11 +211,11 @@ class Fake:
         tensors = [t for t in tensors if isinstance(t, Tensor)]
         device = next((t.device.index for t in tensors if t.device.type == "cuda"), torch.cuda.current_device())
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
-        state = self._c.fake_cuda_is_deferred(device, stream)
+        state = self._c.fake_cuda_begin(device, stream)
         if state == 0:
             return self._eager(op, args, kwargs)
         to_host = op is torch.ops.aten.copy_.default and args[0].device.type == "cpu"
-        needs_values = to_host or not all("Tensor" in str(value.type) for value in op._schema.returns)
+        needs_values = to_host or not _returns_tensors(op)
         if not needs_values:
             try:
                 return self._later(op, args, kwargs, device, stream, once=state == 1)
@@ -229,7 +247,11 @@ class Fake:
         names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
         for name in [*names, *COMPOSITE]:
             if name.startswith("aten::") and name not in REAL and not _is_view(op := _find(name)):
-                self._library.impl(name.removeprefix("aten::"), self._kernel(name, op), "CUDA", allow_override=True)
+                kernel = self._kernel(name, SUBSTITUTES.get(name, op))
+                self._library.impl(name.removeprefix("aten::"), kernel, "CUDA", allow_override=True)
+        # Autograd's threads let go of tensors a little after the results are there. At exit, without the GIL that tensors
+        # made by Python need, that would end in abort().
+        atexit.register(time.sleep, 0.1)
 
 
 fake = Fake() if hasattr(ctypes.CDLL(None), "fake_cuda_set") else None

@@ -427,16 +427,17 @@ FAKE_EXPORT cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 
 // For the ATen ops that Python computes (aten.py)
 
-/// Whether work on the stream is not done at once: 1 if it waits in the stream, 2 if it becomes part of a graph.
-FAKE_EXPORT int fake_cuda_is_deferred(int device, cudaStream_t stream) {
+/// Before each of them. Whether work on the stream is not done at once: 1 if it waits there, 2 if it is captured.
+FAKE_EXPORT int fake_cuda_begin(int device, cudaStream_t stream) {
   const bool lazy = option("lazy") != 0;
   auto& found = stream == nullptr ? state().defaults[device] : stream_of(stream);
   const std::lock_guard lock(state().mutex);
+  (found.capture ? found.capture->graph->cost : found.clock) += 1;
   return found.capture ? 2 : lazy || !found.queue.empty() ? 1 : 0;
 }
 
 FAKE_EXPORT void fake_cuda_enqueue(int device, cudaStream_t stream, void (*call)(int64_t), int64_t argument) {
-  enqueue(stream == nullptr ? state().defaults[device] : stream_of(stream), 1, [=] { call(argument); });
+  enqueue(stream == nullptr ? state().defaults[device] : stream_of(stream), 0, [=] { call(argument); });
 }
 
 FAKE_EXPORT void fake_cuda_finish(int device, cudaStream_t stream) {
