@@ -6,6 +6,7 @@ new results are copied into CUDA tensors. What only makes or views tensors is le
 
 import atexit
 import ctypes
+import itertools
 import os
 import threading
 import time
@@ -99,6 +100,13 @@ class _Exchange:
             return None
         return value
 
+    def resize(self) -> list[tuple[Tensor, Tensor]]:
+        """Gives CUDA's arguments the sizes that an op gave ours: an out= of no elements. Returns those that changed."""
+        resized = [(ours, theirs) for ours, theirs in self.pairs if ours.shape != theirs.shape]
+        for ours, theirs in resized:
+            theirs.resize_(ours.shape)
+        return resized
+
     def results(self, value):
         """Tensors of CUDA for `value`: the argument that it is, or one like it, and whether its values are to be copied."""
         if isinstance(value, Tensor):
@@ -120,7 +128,7 @@ class Fake:
         self._c = ctypes.CDLL(None)
         self._c.fake_cuda_log_entry.restype = self._c.fake_cuda_get.restype = ctypes.c_int64
         self._deferred: dict[int, Callable[[], None]] = {}
-        self._once: set[int] = set()
+        self._keys = itertools.count(1)  # of work that is done once the negative
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._run_deferred)
         self._local = threading.local()  # quiet: what the fake does itself is not logged
         self._library = torch.library.Library("aten", "IMPL")
@@ -144,7 +152,7 @@ class Fake:
 
     def _run_deferred(self, key: int) -> None:
         try:
-            work = self._deferred.pop(key) if key in self._once else self._deferred[key]
+            work = self._deferred.pop(key) if key < 0 else self._deferred[key]
             with torch._C._AutoDispatchBelowAutograd():
                 work()
         except BaseException:  # ctypes would go on
@@ -152,10 +160,8 @@ class Fake:
             os.abort()
 
     def _defer(self, device: int, stream: ctypes.c_void_p, once: bool, work: Callable[[], None]) -> None:
-        key = id(work)
+        key = next(self._keys) * (-1 if once else 1)
         self._deferred[key] = work
-        if once:
-            self._once.add(key)
         self._c.fake_cuda_enqueue(device, stream, self._run, ctypes.c_int64(key))
 
     def _eager(self, op, args, kwargs):
@@ -163,10 +169,8 @@ class Fake:
         args, kwargs = exchange.arguments(args), exchange.arguments(kwargs)
         given = list(exchange.pairs)
         value = op(*args, **kwargs)
-        for ours, theirs in given:
-            if ours.shape != theirs.shape:  # an out= of no elements
-                theirs.resize_(ours.shape)
-                alias(theirs).copy_(ours)
+        for ours, theirs in exchange.resize():
+            alias(theirs).copy_(ours)
         results = exchange.results(value)
         for ours, theirs in exchange.pairs[len(given) :]:
             alias(theirs).copy_(ours)
@@ -190,7 +194,9 @@ class Fake:
         if op is torch.ops.aten.copy_.default:  # of two devices
             results = args[0]
         else:
-            results = exchange.results(op(*over_meta[0], **over_meta[1]))
+            value = op(*over_meta[0], **over_meta[1])
+            exchange.resize()
+            results = exchange.results(value)
         made = [theirs for _, theirs in exchange.pairs[count:]]
         over = _Exchange(alias)
         args, kwargs = over.arguments(args), over.arguments(kwargs)
