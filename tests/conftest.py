@@ -1,6 +1,7 @@
 """Devices: every test that takes `device` runs on the CPU, and on CUDA if there is a GPU and a CUDA build.
 
 FAIL_WITHOUT_CUDA=1 says that a GPU is expected: then a test that would be skipped for want of one fails.
+FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA.
 """
 
 import os
@@ -26,6 +27,14 @@ def require_cuda() -> None:
         if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
             pytest.fail(f"FAIL_WITHOUT_CUDA=1, but {reason}")
         pytest.skip(reason)
+
+
+def require_cuda_build() -> None:
+    """Skips the test if blockdiag was built without CUDA, or fails it if such a build is expected."""
+    if blockdiag.build_info()["cuda"] == "none":
+        if os.environ.get("FAIL_WITHOUT_CUDA_BUILD") == "1":
+            pytest.fail("FAIL_WITHOUT_CUDA_BUILD=1, but blockdiag was built without CUDA")
+        pytest.skip("blockdiag was built without CUDA")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -12,7 +12,10 @@ HERE = Path(__file__).parent
 def environment() -> dict[str, str]:
     folders = {"LD_PRELOAD": library(), "PYTHONPATH": HERE / "site", "PATH": HERE / "bin"}
     known = {name: os.environ.get(name) for name in folders}
-    return {**os.environ, **{name: ":".join(filter(None, [str(value), known[name]])) for name, value in folders.items()}}
+    return {
+        **os.environ,
+        **{name: ":".join(filter(None, [str(value), known[name]])) for name, value in folders.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Computes ATen's own CUDA ops on a fake device, whose memory is host memory: `install()`.
 
-ATen's kernels cannot run. So every op that has one is overridden: CPU tensors over the same memory go to the CPU's op, and
-new results are copied into CUDA tensors. What only makes or views tensors is left to ATen, and with it all that allocates.
+ATen's kernels cannot run. So every op that has one is overridden: CPU tensors over the same memory go to the CPU's op,
+and new results are copied into CUDA tensors. What only makes or views tensors is left to ATen, and with it all that
+allocates.
 """
 
 import atexit
@@ -108,7 +109,7 @@ class _Exchange:
         return resized
 
     def results(self, value):
-        """Tensors of CUDA for `value`: the argument that it is, or one like it, and whether its values are to be copied."""
+        """Tensors of CUDA for `value`: the argument that it is, or one like it, which is added to `pairs`."""
         if isinstance(value, Tensor):
             for ours, theirs in self.pairs:
                 if value is ours:
@@ -204,7 +205,7 @@ class Fake:
 
         def work():
             value = op(*args, **kwargs)
-            flat = [item for item in (value if isinstance(value, (list, tuple)) else [value])]
+            flat = list(value) if isinstance(value, (list, tuple)) else [value]
             new = [item for item in flat if not any(item is ours for ours, _ in over.pairs)]
             for output, item in zip(outputs, new, strict=True):
                 output.copy_(item)
@@ -255,8 +256,8 @@ class Fake:
             if name.startswith("aten::") and name not in REAL and not _is_view(op := _find(name)):
                 kernel = self._kernel(name, SUBSTITUTES.get(name, op))
                 self._library.impl(name.removeprefix("aten::"), kernel, "CUDA", allow_override=True)
-        # Autograd's threads let go of tensors a little after the results are there. At exit, without the GIL that tensors
-        # made by Python need, that would end in abort().
+        # Autograd's threads let go of tensors a little after the results are there. At exit, without the GIL that
+        # tensors made by Python need, that would end in abort().
         atexit.register(time.sleep, 0.1)
 
 

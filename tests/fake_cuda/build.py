@@ -1,7 +1,7 @@
 """Compiles the fake: `library()` is the shared object to load in front of the real ones.
 
-Next to the functions that are faked it holds one for every other function of CUDA that torch or blockdiag imports, which
-fails by name: nothing may reach a real library that would say in its own way that there is no device.
+Next to the functions that are faked it holds one for every other function of CUDA that torch or blockdiag imports,
+which fails by name: nothing may reach a real library that would say in its own way that there is no device.
 """
 
 import hashlib
@@ -15,13 +15,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-IMPORTERS = ["torch_cuda", "c10_cuda", "torch_python", "torch_cpu", "torch_nvshmem", "torch_cuda_linalg", "caffe2_nvrtc"]
+IMPORTERS = [
+    "torch_cuda",
+    "c10_cuda",
+    "torch_python",
+    "torch_cpu",
+    "torch_nvshmem",
+    "torch_cuda_linalg",
+    "caffe2_nvrtc",
+]
 
 # Functions of the real libraries that need no device.
 REAL = re.compile(
     r"cuda(GetErrorName|GetErrorString)|cublas(GetStatusName|GetStatusString|GetProperty)"
     r"|cublasLt(GetVersion|GetProperty|Matmul(Desc|Preference)\w+|MatrixLayout\w+)"
 )
+
+# Without CUDA's headers, which declare these functions with their arguments.
+_STUB_HEADER = """#include <string>
+namespace fake {
+[[noreturn]] void fail(const std::string& what);
+}
+#define FAKE_STUB(name) \\
+  extern "C" __attribute__((visibility("default"))) void name() { fake::fail(#name " is not faked"); }
+"""
 
 
 def _folder(package: str) -> Path:
@@ -70,11 +87,9 @@ def _build(target: Path) -> None:
         missing = _imported() - set(re.findall(r" T (\w+)", defined))
         stubs = folder / "stubs.cpp"
         stubs.write_text(
-            '#include "fake.h"\n#undef FAKE_STUB\n#define FAKE_STUB(name) FAKE_EXPORT void name() '
-            '{ fake::fail(#name " is not faked"); }\n'
+            _STUB_HEADER
             + "".join(f"FAKE_STUB({symbol})\n" for symbol in sorted(missing) if not REAL.fullmatch(symbol)),
         )
-        stubs.write_text(stubs.read_text().replace('#include "fake.h"\n', _STUB_HEADER))
         objects.append(_compile(stubs, folder))
         made = folder / "made.so"
         # The driver's name: libraries that need the driver find this one loaded.
@@ -84,15 +99,6 @@ def _build(target: Path) -> None:
         partial = target.with_suffix(f".{os.getpid()}")
         shutil.copy(made, partial)
         partial.replace(target)  # at once: several processes may build
-
-
-# Without CUDA's headers, which declare these functions with their arguments.
-_STUB_HEADER = """#include <string>
-#define FAKE_EXPORT extern "C" __attribute__((visibility("default")))
-namespace fake {
-[[noreturn]] void fail(const std::string& what);
-}
-"""
 
 
 def library() -> Path:

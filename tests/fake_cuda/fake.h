@@ -1,4 +1,4 @@
-// What the parts of the fake CUDA device share. README.md says what it is, what it shows and what it cannot show.
+// What the parts of the fake CUDA device share; __init__.py says what it is, what it shows and what it cannot show.
 #pragma once
 
 #include <cublas_v2.h>

@@ -81,9 +81,8 @@ constexpr std::array<int (*)(), kUnfaked> make_calls(std::index_sequence<indices
 
 using namespace fake;
 
-FAKE_EXPORT cudaError_t cudaMemcpyAsync(
-    void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream
-) {
+FAKE_EXPORT cudaError_t
+cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
   // Pageable host memory is copied before the call returns, or else it waits for the copy.
   return copy(to, from, size, stream, kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyHostToDevice);
 }
@@ -169,9 +168,8 @@ FAKE_EXPORT cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int
   return cudaSuccess;
 }
 
-FAKE_EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
-    int* blocks, const void*, int, size_t, unsigned int
-) {
+FAKE_EXPORT cudaError_t
+cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned int) {
   *blocks = 2;
   return cudaSuccess;
 }

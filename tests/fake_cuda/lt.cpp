@@ -16,7 +16,8 @@ namespace {
 /// Of the real library, which is loaded when these are called.
 template <typename Function>
 Function real(const char* name) {
-  static void* library = dlopen(("libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR)).c_str(), RTLD_NOLOAD | RTLD_LAZY);
+  static void* library =
+      dlopen(("libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR)).c_str(), RTLD_NOLOAD | RTLD_LAZY);
   void* found = library == nullptr ? nullptr : dlsym(library, name);
   if (found == nullptr) {
     fail(std::string(name) + " is not in the real cuBLASLt");
@@ -101,7 +102,8 @@ Described describe(
     }
   }
   p.scale = static_cast<cudaDataType>(attribute<int32_t>(operation, CUBLASLT_MATMUL_DESC_SCALE_TYPE));
-  const auto compute = static_cast<cublasComputeType_t>(attribute<int32_t>(operation, CUBLASLT_MATMUL_DESC_COMPUTE_TYPE));
+  const auto compute =
+      static_cast<cublasComputeType_t>(attribute<int32_t>(operation, CUBLASLT_MATMUL_DESC_COMPUTE_TYPE));
   p.tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32;
   p.bias = attribute<void*>(operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER);
   p.bias_stride = attribute<int64_t>(operation, CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE);
@@ -124,9 +126,9 @@ Described describe(
       fail("an epilogue that is not faked");
   }
   const bool half = p.d.type == CUDA_R_16F || p.d.type == CUDA_R_16BF;
-  const bool supported = p.scale == CUDA_R_32F &&
-                         ((half && compute == CUBLAS_COMPUTE_32F) ||
-                          (p.d.type == CUDA_R_32F && (compute == CUBLAS_COMPUTE_32F || p.tf32)));
+  const bool supported =
+      p.scale == CUDA_R_32F && ((half && compute == CUBLAS_COMPUTE_32F) ||
+                                (p.d.type == CUDA_R_32F && (compute == CUBLAS_COMPUTE_32F || p.tf32)));
   return {p, supported};
 }
 

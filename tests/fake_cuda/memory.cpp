@@ -241,7 +241,7 @@ FAKE_EXPORT cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attribut
   const std::lock_guard lock(memory().mutex);
   const Allocation* found = memory().find(reinterpret_cast<uintptr_t>(pointer));
   *attributes = {};
-  attributes->type = found == nullptr     ? cudaMemoryTypeUnregistered
+  attributes->type = found == nullptr      ? cudaMemoryTypeUnregistered
                      : found->device == -1 ? cudaMemoryTypeHost
                                            : cudaMemoryTypeDevice;
   attributes->device = found == nullptr ? -2 : std::max(found->device, 0);
