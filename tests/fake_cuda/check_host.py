@@ -1,4 +1,4 @@
-"""What only a fake device can show of the CUDA host code: run by tests/test_cuda_host.py, with each of the libraries.
+"""What only a fake device can show of the CUDA host code: run by tests/test_fake_device.py, with each of the libraries.
 
 The project's own GPU tests, which run on the fake too, compare values; here it is which calls are made, in what order,
 and what happens if one of them fails.

@@ -1,6 +1,6 @@
 """The CUDA host code on a machine without a GPU: on the fake devices of tests/fake_cuda, in processes of their own.
 
-Needs a build with CUDA, g++ and nvcc's headers. FAIL_WITHOUT_CUDA_BUILD=1 says that they are expected.
+Not named after CUDA, so that `-k cuda` on a machine with a GPU leaves it out. Needs a build with CUDA, g++ and nvcc's headers. FAIL_WITHOUT_CUDA_BUILD=1 says that they are expected.
 """
 
 import os
