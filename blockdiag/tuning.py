@@ -54,8 +54,8 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
 
     Args:
         path: where choices are kept, as JSON. Those in it that were made on this GPU with these versions of torch and
-            cuBLASLt are used, and what this process has measured is added at the end. A file that is damaged, or made for
-            other versions or GPUs only, is reported by a warning and ignored; one that is no such file is never
+            cuBLASLt are used, and what this process has measured is added at the end. A file that is damaged, or made
+            for other versions or GPUs only, is reported by a warning and ignored; one that is no such file is never
             overwritten.
         measure: False uses what is known, and measures nothing.
 

@@ -1,6 +1,7 @@
 """Devices: every test that takes `device` runs on the CPU, and on CUDA if there is a GPU and a CUDA build.
 
 FAIL_WITHOUT_CUDA=1 says that a GPU is expected: then a test that would be skipped for want of one fails.
+FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA.
 """
 
 import os
@@ -29,7 +30,7 @@ def require_cuda() -> None:
 
 
 def require_cuda_build() -> None:
-    """Skips the test in a build without CUDA, or fails it where FAIL_WITHOUT_CUDA_BUILD=1 says that one is expected."""
+    """Skips the test if blockdiag was built without CUDA, or fails it if such a build is expected."""
     if blockdiag.build_info()["cuda"] == "none":
         if os.environ.get("FAIL_WITHOUT_CUDA_BUILD") == "1":
             pytest.fail("FAIL_WITHOUT_CUDA_BUILD=1, but blockdiag was built without CUDA")

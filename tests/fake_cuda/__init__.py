@@ -1,0 +1,21 @@
+"""Two fake CUDA devices, so that the CUDA host code runs, and is tested, without a GPU.
+
+    python tests/fake_cuda COMMAND ...      # for instance: python -m pytest -m cuda tests/test_linear.py
+
+A shared library, compiled by build.py and loaded in front of the real ones, defines the functions of the CUDA runtime,
+of the driver, of cuBLAS and of cuBLASLt that torch and blockdiag call. Device memory is host memory; matrix products
+are computed on the CPU as BLAS documents them, and ATen's ops by their CPU kernels (aten.py). What is called and not
+faked fails by name, and so does every kernel that ATen would launch. `fake_cuda.aten.fake` holds the switches, which
+options.cpp lists, and the log of calls.
+
+What it shows of the host code: which calls are made, how often and in what order; values, given BLAS's documented
+arithmetic, through every transposition, leading dimension, stride and epilogue; that all that is read and written lies
+in live memory of the right device, and no operand is less aligned than cuBLASLt was told; what happens after an error,
+and when memory runs out; streams, events, threads, captured graphs; and with `lazy`, what does not wait for what it
+needs.
+
+What it cannot show: the arithmetic of a device, its order of summation and its speed; which algorithms the real
+heuristic knows, or for which problems it has none; what the real libraries refuse beyond their documentation; a host
+that reads device memory, or passes a pointer of its own to the device, where a real one would fault; kernels, of which
+blockdiag has none. A capture keeps the order of the calls, not the graph of their dependencies.
+"""

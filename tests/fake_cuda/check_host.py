@@ -1,0 +1,383 @@
+"""What only a fake device can show of the CUDA host code: run by tests/test_fake_device.py, with each of the libraries.
+
+The project's own GPU tests, which run on the fake too, compare values; here it is which calls are made, in what order,
+and what happens if one of them fails.
+"""
+
+import itertools
+import re
+import threading
+
+import pytest
+import torch
+
+import blockdiag
+from fake_cuda.aten import fake
+from reference import Problem, check, make
+
+LT = blockdiag.build_info()["cuda_gemm"] == "cublaslt"
+GEMM = "cublasLtMatmul" if LT else "cublasGemmStridedBatchedEx"
+EXECUTION_FAILED, INTERNAL_ERROR, NOT_SUPPORTED = 13, 14, 15  # of cublasStatus_t
+only_lt = pytest.mark.skipif(not LT, reason="of cuBLASLt alone")
+only_cublas = pytest.mark.skipif(LT, reason="of cuBLAS alone")
+
+SWITCHES = [
+    *(
+        "lazy",
+        "dry",
+        "malloc_after",
+        "gemm_status",
+        "matmul_status",
+        "heuristic_status",
+        "heuristic_limit",
+        "heuristic_first",
+    ),
+    *("cost_21", "cost_31", "cost_66"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _reset():
+    yield
+    torch.cuda.synchronize()
+    for name in SWITCHES:
+        fake.set(name, 0)
+
+
+# A problem that no other test has: its plan is not known yet.
+_fresh = itertools.count(1)
+
+
+def problem() -> Problem:
+    return Problem((6,), 3, 5 + 6 * next(_fresh), 4)
+
+
+def calls(function) -> list[str]:
+    """The names of what `function` puts on the device, in order."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # that would be a call too
+    fake.clear()
+    function()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    names = [entry.split(" ")[0] for entry in fake.log()]
+    return [name for name in names if name not in ("cudaMalloc", "cudaStreamSynchronize")]
+
+
+def operands(problem: Problem, bias: str | None = "flat", dtype=torch.float32, device="cuda"):
+    made = make(problem, dtype, device, bias=bias)
+    return [tensor for tensor in made if tensor is not None]
+
+
+def gradients(output, tensors, grad_output):
+    return torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+
+
+# Calls
+
+
+@pytest.mark.parametrize("bias", [None, "flat", "stacked"])
+def test_forward_is_one_gemm(bias):
+    tensors = operands(Problem((6,), 3, 5, 4), bias)
+    blockdiag.linear(*tensors)
+    before = ["aten::copy_"] if bias and not LT else []
+    assert calls(lambda: blockdiag.linear(*tensors)) == [*before, GEMM]
+
+
+def test_backward_is_two_gemms_and_a_sum():
+    tensors = operands(Problem((6,), 3, 5, 4))
+    output = blockdiag.linear(*tensors)
+    grad_output = torch.randn_like(output)
+    gradients(output, tensors, grad_output)
+    assert calls(lambda: gradients(output, tensors, grad_output)) == [GEMM, GEMM, "aten::sum.dim_IntList"]
+    assert calls(lambda: gradients(output, tensors[:1], grad_output)) == [GEMM]
+    assert calls(lambda: gradients(output, tensors[1:2], grad_output)) == [GEMM]
+
+
+def test_one_block_is_no_batch():
+    x, weight = operands(Problem((6,), 1, 5, 4), None)
+    blockdiag.linear(x, weight)
+    assert calls(lambda: blockdiag.linear(x, weight)) == [GEMM if LT else "cublasGemmEx"]
+
+
+def test_more_blocks_than_a_grid_holds():
+    """Two calls of cuBLAS; cuBLASLt is not asked."""
+    x, weight = operands(Problem((2,), 70000, 1, 2), None)
+    fake.clear()
+    blockdiag.linear(x, weight)
+    batches = re.findall(r"batch=(\d+)", "\n".join(fake.log()))
+    assert batches == ["65535", "4465"]
+
+
+@only_lt
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128], ids=str)
+def test_types_that_cublaslt_is_not_asked_about(dtype):
+    tensors = operands(Problem((6,), 3, 5, 4), dtype=dtype)
+    assert calls(lambda: blockdiag.linear(*tensors)) == ["aten::copy_", "cublasGemmStridedBatchedEx"]
+
+
+@pytest.mark.parametrize("size", ["batch", "num_blocks", "in_block", "out_block"])
+def test_sizes_of_zero_reach_no_library(size):
+    fields = {"batch": (6,), "num_blocks": 3, "in_block": 5, "out_block": 4, size: (0,) if size == "batch" else 0}
+    tensors = operands(Problem(**fields))
+    output = blockdiag.linear(*tensors)
+    grad_output = torch.randn_like(output)
+    seen = calls(lambda: (blockdiag.linear(*tensors), gradients(output, tensors, grad_output)))
+    assert not [name for name in seen if name.startswith("cublas")]
+
+
+@only_lt
+def test_heuristic_is_asked_once():
+    first = problem()
+    tensors = operands(first)
+    assert "cublasLtMatmulAlgoGetHeuristic" in calls(lambda: blockdiag.linear(*tensors))
+    others = operands(first)
+    assert calls(lambda: blockdiag.linear(*others)) == [GEMM]
+
+
+# Failures
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_every_allocation_may_fail(count):
+    """The call works when there is memory again: nothing half done was kept."""
+    fake.set("heuristic_first", 1)  # an algorithm with a workspace
+    tensors = operands(Problem((60000 + count,), 3, 16, 16))  # 11 MiB: no part of what other tensors left free
+
+    def step(*tensors):
+        output = blockdiag.linear(*tensors)
+        return (output, *gradients(output, tensors, torch.ones_like(output)))
+
+    torch.cuda.empty_cache()
+    fake.set("malloc_after", count)
+    failed = False
+    try:
+        step(*tensors)
+    except torch.OutOfMemoryError:
+        failed = True
+    fake.set("malloc_after", 0)
+    assert failed or count > 2
+    expected = step(*(tensor.cpu() for tensor in tensors))
+    torch.testing.assert_close([t.cpu() for t in step(*tensors)], [*expected], rtol=1e-3, atol=1e-3)
+
+
+@only_cublas
+@pytest.mark.parametrize(
+    ("num_blocks", "function"), [(1, "cublasGemmEx"), (3, "cublasGemmStridedBatchedEx")], ids=["one", "batched"]
+)
+def test_error_of_cublas_names_status_and_shape(num_blocks, function):
+    tensors = operands(Problem((6,), num_blocks, 5, 4))
+    fake.set("gemm_status", EXECUTION_FAILED)
+    with pytest.raises(RuntimeError) as error:
+        blockdiag.linear(*tensors)
+    expected = f"{function} returned CUBLAS_STATUS_EXECUTION_FAILED for a float32 GEMM of m = 4, n = 6, k = 5"
+    assert expected in str(error.value)
+    fake.set("gemm_status", 0)
+    check(blockdiag.linear, *tensors)
+
+
+@only_lt
+@pytest.mark.parametrize(
+    ("switch", "function"),
+    [("matmul_status", "cublasLtMatmul"), ("heuristic_status", "cublasLtMatmulAlgoGetHeuristic")],
+)
+def test_error_of_cublaslt_names_status_and_shape(switch, function):
+    fresh = problem()
+    tensors = operands(fresh)
+    fake.set(switch, INTERNAL_ERROR)
+    with pytest.raises(RuntimeError) as error:
+        blockdiag.linear(*tensors)
+    expected = (
+        f"{function} returned CUBLAS_STATUS_INTERNAL_ERROR for a float32 GEMM of m = 4, n = 6, k = {fresh.in_block}"
+    )
+    assert expected in str(error.value)
+    fake.set(switch, 0)
+    check(blockdiag.linear, *tensors)
+    assert calls(lambda: blockdiag.linear(*tensors)) == [GEMM]
+
+
+@only_lt
+@pytest.mark.parametrize(
+    ("switch", "value"), [("matmul_status", NOT_SUPPORTED), ("heuristic_status", NOT_SUPPORTED), ("heuristic_limit", 1)]
+)
+def test_what_cublaslt_cannot_do_is_left_to_cublas_and_counted(switch, value):
+    def left() -> int:
+        return int(re.search(r"(\d+) left to cuBLAS", blockdiag.build_info()["cublaslt"])[1])
+
+    tensors = operands(problem())
+    grad_output = torch.randn(6, 12, device="cuda")
+    fake.set(switch, value)
+    before = left()
+    assert calls(lambda: blockdiag.linear(*tensors))[-2:] == ["aten::copy_", "cublasGemmStridedBatchedEx"]
+    assert left() == before + 1
+    check(blockdiag.linear, *tensors, grad_output=grad_output)
+
+
+# Algorithms
+
+
+def algorithm_of_forward(tensors) -> int:
+    fake.clear()
+    blockdiag.linear(*tensors)
+    return int(re.search(r"algo=(\d+)", fake.log()[-1])[1])
+
+
+@only_lt
+@pytest.mark.parametrize(("first", "algorithm"), [(0, 21), (1, 31)])
+def test_the_first_algorithm_is_taken(first, algorithm):
+    """The second has a workspace."""
+    fake.set("heuristic_first", first)
+    tensors = operands(problem())
+    check(blockdiag.linear, *tensors, grad_output=torch.randn(6, 12, device="cuda"))
+    assert algorithm_of_forward(tensors) == algorithm
+
+
+@only_lt
+@pytest.mark.parametrize(("in_block", "algorithm"), [(512, 21), (513, 66)])
+def test_an_algorithm_that_sums_wrongly_is_not_taken(in_block, algorithm):
+    """The fake's algorithm 66 splits k into three parts, and leaves out what they do not cover."""
+    fake.set("heuristic_first", 2)
+    tensors = operands(Problem((6,), 3, in_block, 4))
+    check(blockdiag.linear, *tensors)
+    assert algorithm_of_forward(tensors) == algorithm
+
+
+@only_lt
+def test_no_split_sums_where_they_are_forbidden():
+    fake.set("heuristic_first", 2)
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    tensors = operands(Problem((6,), 3, 48, 4), dtype=torch.bfloat16)
+    assert algorithm_of_forward(tensors) == 21
+    matmul.allow_bf16_reduced_precision_reduction = True
+    torch.use_deterministic_algorithms(False)
+    assert algorithm_of_forward(tensors) == 66
+
+
+def test_events_tell_what_the_fake_is_told():
+    """So that a test can make any algorithm the fastest."""
+    tensors = operands(Problem((6,), 3, 5, 4), None)
+    blockdiag.linear(*tensors)
+    fake.set("cost_21", 700)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    blockdiag.linear(*tensors)
+    end.record()
+    end.synchronize()
+    assert start.elapsed_time(end) == pytest.approx(0.7 if LT else 0.01, abs=0.005)
+
+
+# Places
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.complex128], ids=str)
+def test_any_alignment(dtype):
+    """Operands that start at any element: no algorithm is told of more than there is, nor kept for less."""
+    here = Problem((7,), 3, 8, 16)
+    shapes = [here.input_shape(False), here.weight_shape, (3 * 16,)]
+    for offsets in itertools.product([0, 1, 2, 8], repeat=3):
+        tensors = []
+        for shape, offset in zip(shapes, offsets, strict=True):
+            count = torch.Size(shape).numel()
+            tensors.append(torch.randn(count + offset, dtype=dtype, device="cuda")[offset:].view(shape))
+        check(torch.ops.blockdiag.linear, *tensors)
+
+
+def test_threads_with_streams_of_their_own():
+    problems = [Problem((5 + i,), 1 + i % 3, 7, 6) for i in range(6)]
+    expected = []
+    for each in problems:
+        tensors = [tensor.detach() for tensor in operands(each)]
+        expected.append((tensors, blockdiag.linear(*tensors)))
+    torch.cuda.synchronize()
+    failures = []
+
+    def work():
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(20):
+                    for tensors, output in expected:
+                        actual = blockdiag.linear(*tensors)
+                        torch.cuda.current_stream().synchronize()
+                        assert torch.equal(actual, output)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
+def test_work_waits_in_the_current_stream():
+    """Forward and backward stand in the stream that was current, and in no other."""
+    here = Problem((6,), 3, 5, 4)
+    tensors = [tensor.detach() for tensor in operands(here)]
+    expected = blockdiag.linear(*tensors)
+    torch.cuda.synchronize()
+    fake.set("lazy", 1)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        results = [
+            blockdiag.linear(*tensors),
+            torch.ops.blockdiag.linear_input_grad(expected, tensors[1], tensors[0].shape),
+            torch.ops.blockdiag.linear_weight_grad(expected, tensors[0], tensors[1].shape),
+        ]
+    torch.cuda.current_stream().synchronize()
+    assert not stream.query()
+    stream.synchronize()
+    assert stream.query()
+    fake.set("lazy", 0)
+    torch.testing.assert_close(results[0], expected, rtol=0, atol=0)
+    assert all(tensor.isfinite().all() for tensor in results)
+
+
+def test_tensors_of_another_device_than_the_current():
+    """The fake refuses a handle, a stream, an algorithm or memory of another device."""
+    here = Problem((6,), 3, 5, 4)
+    for device in ("cuda:1", "cuda:0", "cuda:1"):
+        tensors = operands(here, device=device)
+        check(blockdiag.linear, *tensors, grad_output=torch.randn(6, 12, device=device))
+        assert torch.cuda.current_device() == 0
+    with torch.cuda.device(1):
+        check(blockdiag.linear, *operands(here), grad_output=torch.randn(6, 12, device="cuda"))
+    x, weight = (tensor.detach() for tensor in operands(here, None))
+    with pytest.raises(RuntimeError, match="expected weight to be on input's device cuda:0, but got cuda:1"):
+        blockdiag.linear(x, weight.to("cuda:1"))
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["no workspace", "workspace"])
+def test_graph_without_a_first_run(first):
+    """Plans are made, and workspaces allocated, while the stream is captured; replays compute on new values."""
+    fake.set("heuristic_first", first)
+    tensors = [tensor.detach() for tensor in operands(problem())]
+    blockdiag.linear(*(tensor.detach() for tensor in operands(Problem((6,), 3, 5, 4))))  # the handle is there
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = blockdiag.linear(*tensors)
+    for _ in range(2):
+        tensors[0].normal_()
+        assert calls(graph.replay) == ["cudaGraphLaunch"]
+        torch.testing.assert_close(output, blockdiag.linear(*tensors), rtol=0, atol=0)
+
+
+def test_more_than_two_to_the_31_elements_are_read():
+    """Offsets beyond 32 bits. Memory that nobody writes to costs nothing: the rows before the last ones hold zeros."""
+    torch.use_deterministic_algorithms(False)  # they would be filled
+    rows, num_blocks, in_block = 2**17 + 64, 2, 8192 + 64
+    x = torch.empty(rows, num_blocks * in_block, dtype=torch.float16, device="cuda")
+    x[-64:] = torch.randn(64, num_blocks * in_block)
+    weight = torch.randn(num_blocks, 1, in_block, dtype=torch.float16, device="cuda")
+    assert x.numel() > 2**31
+    output = blockdiag.linear(x, weight)
+    torch.testing.assert_close(output[-64:], blockdiag.linear(x[-64:].clone(), weight), rtol=1e-2, atol=1e-2)
+
+
+def test_more_than_two_to_the_31_elements_are_written():
+    """Not computed, which would take 4 GiB; but the fake checks that all that would be written is the output."""
+    torch.use_deterministic_algorithms(False)
+    rows, num_blocks, out_block = 2**17, 2, 8192 + 64
+    x = torch.zeros(rows, num_blocks, dtype=torch.float16, device="cuda")
+    weight = torch.zeros(num_blocks, out_block, 1, dtype=torch.float16, device="cuda")
+    fake.set("dry", 1)
+    assert blockdiag.linear(x, weight).numel() > 2**31

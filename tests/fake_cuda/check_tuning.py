@@ -1,0 +1,248 @@
+"""Tuning on a fake device, where a test says how long each of cuBLASLt's algorithms takes: run by tests/test_cuda_host.py.
+
+The fake's heuristic recommends algorithms 21, 31 and 66, in this order, of 10 microseconds each.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import blockdiag
+from blockdiag._load import extension
+from fake_cuda.aten import fake
+from fake_cuda.check_host import NOT_SUPPORTED, calls, gradients, operands, problem
+from fake_cuda.check_host import _reset as _reset
+from reference import Problem, check
+
+
+@pytest.fixture(autouse=True)
+def _cublaslt_and_torchs_own_flags(_reset):
+    before = blockdiag.preferred_cuda_gemm("cublaslt")
+    torch.use_deterministic_algorithms(False)
+    yield
+    blockdiag.preferred_cuda_gemm(before)
+    for name in ("wrong_31", "unsteady_31"):
+        fake.set(name, 0)
+
+
+def algorithms(function) -> list[str]:
+    """Algorithm and epilogue (0: none, 1: bias, 3: gradient of the bias) of each product, and other calls by name."""
+    fake.clear()
+    function()
+    products = [re.search(r"epilogue=(\d) algo=(\d+)", entry) for entry in fake.log()]
+    names = [found[2] + " +-b"[int(found[1])] if found else name for found, name in zip(products, fake.log(), strict=True)]
+    return [name.strip() for name in names if not name.startswith(("cudaMalloc", "cudaStreamSynchronize"))]
+
+
+def step(tensors):
+    output = blockdiag.linear(*tensors)
+    return (output, *gradients(output, tensors, torch.ones_like(output)))
+
+
+def test_the_fastest_computes():
+    tensors = operands(problem())
+    grad_output = torch.randn(6, 12, device="cuda")
+    output = step(tensors)[0]
+    before = algorithms(lambda: gradients(output, tensors, grad_output))
+    assert before == ["21", "21", "aten::sum.dim_IntList"]
+    fake.set("cost_31", 5)
+    with blockdiag.tune():
+        check(blockdiag.linear, *tensors, grad_output=grad_output)
+        assert algorithms(lambda: blockdiag.linear(*tensors)) == ["31+"]
+        assert algorithms(lambda: gradients(output, tensors, grad_output)) == ["31", "31b"]
+        assert algorithms(lambda: gradients(output, tensors[1:2], grad_output)) != ["31b"], "no bias, no sum"
+    assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
+    assert algorithms(lambda: gradients(output, tensors, grad_output)) == before
+    with blockdiag.tune(measure=False):
+        assert algorithms(lambda: blockdiag.linear(*tensors)) == ["31+"]
+
+
+def test_what_is_not_clearly_faster_changes_nothing():
+    tensors = operands(problem())
+    output = blockdiag.linear(*tensors)
+    ones = torch.ones_like(output)
+    fake.set("cost_21", 1000)
+    fake.set("cost_31", 990)
+    fake.set("cost_66", 1100)
+    with blockdiag.tune():
+        step(tensors)
+        assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
+        backward = algorithms(lambda: gradients(output, tensors, ones))
+        assert backward == ["21", "21", "aten::sum.dim_IntList"], "a sum by itself takes 1 microsecond here"
+
+
+def test_nothing_unknown_is_measured_if_that_is_not_wanted():
+    tensors = operands(problem())
+    blockdiag.linear(*tensors)
+    fake.set("cost_31", 5)
+    with blockdiag.tune(measure=False):
+        assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
+    with blockdiag.tune():
+        assert len(algorithms(lambda: blockdiag.linear(*tensors))) > 100
+        assert algorithms(lambda: blockdiag.linear(*tensors)) == ["31+"]
+
+
+def test_wrong_results_do_not_win():
+    """Algorithm 31 is the fastest, but leaves out an eighth of the sum."""
+    fake.set("cost_31", 1)
+    fake.set("wrong_31", 7)
+    tensors = operands(Problem((6,), 3, 8, 4))
+    with blockdiag.tune():
+        check(blockdiag.linear, *tensors)
+        assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
+
+
+def test_deterministic_mode_wants_the_same_bits_twice():
+    """Algorithm 31 is the fastest, but leaves out one term of 6001 every other time."""
+    fake.set("cost_31", 1)
+    fake.set("wrong_31", 3)
+    fake.set("unsteady_31", 1)
+    tensors = operands(Problem((6,), 3, 6001, 4))
+    for deterministic, expected in [(False, "31+"), (True, "21+"), (False, "31+")]:
+        torch.use_deterministic_algorithms(deterministic)
+        with blockdiag.tune():
+            blockdiag.linear(*tensors)
+            assert algorithms(lambda: blockdiag.linear(*tensors))[-1] == expected
+
+
+def test_deterministic_mode_sums_the_bias_gradient_by_itself():
+    tensors = operands(problem())
+    fake.set("cost_31", 1)
+    torch.use_deterministic_algorithms(True)
+    output = blockdiag.linear(*tensors)
+    with blockdiag.tune():
+        step(tensors)
+        backward = calls(lambda: gradients(output, tensors, torch.ones_like(output)))
+        assert backward[-1] == "aten::sum.dim_IntList"
+
+
+_READER = """
+import sys, torch, blockdiag
+from fake_cuda.aten import fake
+blockdiag.preferred_cuda_gemm("cublaslt")
+x, w, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((6, 3 * 11), (3, 4, 11), (12,)))
+with blockdiag.tune(sys.argv[1], measure=False):
+    fake.clear()
+    y = blockdiag.linear(x, w, b)
+    torch.autograd.grad(y, (x, w, b), torch.ones(6, 12, device="cuda"))
+print(*[entry.split("algo=")[1] for entry in fake.log() if "algo=" in entry])
+"""
+
+
+def test_another_process_uses_what_was_measured(tmp_path):
+    path = tmp_path / "tuning.json"
+    tensors = operands(Problem((6,), 3, 11, 4))
+    fake.set("cost_31", 5)
+    with blockdiag.tune(path):
+        step(tensors)
+
+    def read() -> list[str]:
+        command = [sys.executable, "-c", _READER, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert read() == ["31"] * 3
+    content = json.loads(path.read_text())
+    mine = [choice for choice in content["environments"][0]["choices"] if choice["problem"]["k"] == 11]
+    assert content["environments"][0]["device"] == "Fake H100"
+    assert len(mine) == 1
+    # Bytes that are no algorithm's are no harm.
+    for environment in content["environments"]:
+        for choice in environment["choices"]:
+            choice["algorithm"] = "ab" * 64
+    path.write_text(json.dumps(content))
+    assert read() == ["21"] * 3
+
+
+def test_a_file_of_another_device_is_reported(tmp_path):
+    path = tmp_path / "tuning.json"
+    with blockdiag.tune(path):
+        step(operands(problem()))
+    path.write_text(path.read_text().replace("Fake H100", "Fake B200"))
+    with pytest.warns(UserWarning, match="has nothing for .*Fake H100.*Fake B200") as caught, blockdiag.tune(path):
+        pass
+    assert caught[0].filename == __file__
+
+
+def test_nothing_is_measured_in_a_capture():
+    """What was measured before is used."""
+    known, unknown = operands(problem()), operands(problem())
+    known, unknown = ([tensor.detach() for tensor in tensors] for tensors in (known, unknown))
+    fake.set("cost_31", 5)
+    with blockdiag.tune():
+        blockdiag.linear(*known)
+        graph = torch.cuda.CUDAGraph()
+
+        def capture():
+            with torch.cuda.graph(graph):
+                return [blockdiag.linear(*known), blockdiag.linear(*unknown)]
+
+        fake.clear()
+        outputs = capture()
+        assert re.findall(r"algo=(\d+)", "\n".join(fake.log())) == ["31", "21"]
+        graph.replay()
+        for output, tensors in zip(outputs, (known, unknown), strict=True):
+            torch.testing.assert_close(output, blockdiag.linear(*tensors))
+        assert algorithms(lambda: blockdiag.linear(*unknown)) == ["31+"], "the capture left it to be measured"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_memory_runs_out_the_heuristics_choice_stands(count):
+    tensors = [tensor.detach() for tensor in operands(Problem((60000 + count,), 3, 16, 16))]
+    blockdiag.linear(*tensors)
+    torch.cuda.empty_cache()
+    fake.set("cost_31", 5)
+    fake.set("malloc_after", 1 + count)
+    with blockdiag.tune():
+        try:
+            blockdiag.linear(*tensors)
+        except torch.OutOfMemoryError:
+            assert count == 1, "of the output itself"
+            return
+        finally:
+            fake.set("malloc_after", 0)
+        assert algorithms(lambda: blockdiag.linear(*tensors)) in (["21+"], ["31+"])
+        assert len(algorithms(lambda: blockdiag.linear(*tensors))) == 1, "it is not tried again and again"
+
+
+def test_one_of_several_threads_measures():
+    tensors = [tensor.detach() for tensor in operands(problem())]
+    blockdiag.linear(*tensors)
+    fake.set("cost_31", 5)
+    with blockdiag.tune():
+        alone = [tensor.detach() for tensor in operands(problem())]
+        once = len(algorithms(lambda: blockdiag.linear(*alone)))
+        fake.clear()
+        threads = [threading.Thread(target=lambda: blockdiag.linear(*tensors)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        products = len(re.findall("algo=", "\n".join(fake.log())))
+        assert products < once + 8
+        assert algorithms(lambda: blockdiag.linear(*tensors)) == ["31+"]
+
+
+def test_what_cublaslt_refuses_is_not_asked_again():
+    tensors = [tensor.detach() for tensor in operands(problem())]
+    fake.set("matmul_status", NOT_SUPPORTED)
+    assert "cublasLtMatmul" in calls(lambda: blockdiag.linear(*tensors))
+    assert calls(lambda: blockdiag.linear(*tensors)) == ["aten::copy_", "cublasGemmStridedBatchedEx"]
+    fake.set("matmul_status", 0)
+    with blockdiag.tune():
+        assert calls(lambda: blockdiag.linear(*tensors)) == ["aten::copy_", "cublasGemmStridedBatchedEx"]
+
+
+def test_choices_hold_for_all_devices_of_a_name():
+    here = problem()
+    fake.set("cost_31", 5)
+    with blockdiag.tune():
+        blockdiag.linear(*operands(here))
+        known = len(extension.choices())
+        there = operands(here, device="cuda:1")
+        assert algorithms(lambda: blockdiag.linear(*there))[-1] == "31+"
+        assert len(extension.choices()) == known

@@ -1,0 +1,114 @@
+// The switches and the log of the fake, for tests: by ctypes, or at the start by FAKE_CUDA="name=value,...".
+//
+// lazy              1: work waits in its stream until something waits for it: what lacks a dependency computes too early
+// dry               1: nothing is computed, and every kernel may be launched: for counting and timing what the host does
+// no_log            1: nothing is logged
+// malloc_after      n: the next n - 1 calls of cudaMalloc work, and all later ones fail
+// gemm_status       what cublasGemm* return, without computing
+// matmul_status     what cublasLtMatmul returns, without computing
+// heuristic_status  what cublasLtMatmulAlgoGetHeuristic returns
+// heuristic_limit   n: it returns n - 1 algorithms at most
+// heuristic_first   which of the made-up algorithms comes first; see lt.cpp
+// cost_ID           microseconds that algorithm ID takes, by events
+// wrong_ID          n: algorithm ID leaves out the rest of k that n parts of one size do not cover
+// unsteady_ID       1: it does so every other time
+#include "fake.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <shared_mutex>
+
+namespace fake {
+namespace {
+
+struct Options {
+  std::shared_mutex mutex;
+  std::map<std::string, int64_t, std::less<>> values;
+
+  Options() {
+    const char* text = std::getenv("FAKE_CUDA");
+    std::string rest = text == nullptr ? "" : text;
+    while (!rest.empty()) {
+      const auto end = std::min(rest.find(','), rest.size());
+      const auto equals = rest.find('=');
+      if (equals >= end) {
+        fail("FAKE_CUDA is not name=value,...: " + rest);
+      }
+      values[rest.substr(0, equals)] = std::stoll(rest.substr(equals + 1, end - equals - 1));
+      rest.erase(0, end + 1);
+    }
+  }
+};
+
+struct Log {
+  std::mutex mutex;
+  std::vector<std::string> entries;
+};
+
+// Never destroyed: other libraries' destructors call us.
+Options& options() {
+  static auto* options = new Options;
+  return *options;
+}
+
+Log& the_log() {
+  static auto* log = new Log;
+  return *log;
+}
+
+} // namespace
+
+void fail(const std::string& what) {
+  throw std::runtime_error("fake CUDA device: " + what);
+}
+
+int64_t option(const char* name) {
+  const std::shared_lock lock(options().mutex);
+  const auto found = options().values.find(name);
+  return found == options().values.end() ? 0 : found->second;
+}
+
+void set_option(const char* name, int64_t value) {
+  const std::unique_lock lock(options().mutex);
+  options().values[name] = value;
+}
+
+void log(const std::string& entry) {
+  if (option("no_log") == 0) {
+    const std::lock_guard lock(the_log().mutex);
+    the_log().entries.push_back(entry);
+  }
+}
+
+} // namespace fake
+
+FAKE_EXPORT void fake_cuda_set(const char* name, int64_t value) {
+  fake::set_option(name, value);
+}
+
+FAKE_EXPORT int64_t fake_cuda_get(const char* name) {
+  return fake::option(name);
+}
+
+FAKE_EXPORT void fake_cuda_log(const char* entry) {
+  fake::log(entry);
+}
+
+FAKE_EXPORT void fake_cuda_log_clear() {
+  const std::lock_guard lock(fake::the_log().mutex);
+  fake::the_log().entries.clear();
+}
+
+/// The length of entry `index`, of which up to `size` bytes are written to `text`; -1 if there is none.
+FAKE_EXPORT int64_t fake_cuda_log_entry(int64_t index, char* text, int64_t size) {
+  const std::lock_guard lock(fake::the_log().mutex);
+  const auto& entries = fake::the_log().entries;
+  if (index >= static_cast<int64_t>(entries.size())) {
+    return -1;
+  }
+  const auto& entry = entries[index];
+  std::memcpy(text, entry.data(), std::min<size_t>(size, entry.size()));
+  return static_cast<int64_t>(entry.size());
+}

@@ -1,0 +1,33 @@
+"""On PYTHONPATH (see ../__main__.py): whoever imports torch has its ATen ops computed by ../aten.py."""
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+
+class _AfterTorch:
+    """A finder that finds torch as all others do, and does something more when torch has been imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("torch")
+        run = spec.loader.exec_module
+
+        def run_and_install(module):
+            run(module)
+            sys.path.append(str(Path(__file__).parents[2]))
+            from fake_cuda.aten import fake
+
+            if not fake.get("dry"):
+                fake.install()
+
+        spec.loader.exec_module = run_and_install
+        return spec
+
+
+if "libfake_cuda" in os.environ.get("LD_PRELOAD", ""):
+    sys.meta_path.insert(0, _AfterTorch())

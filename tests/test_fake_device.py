@@ -1,0 +1,117 @@
+"""The CUDA host code on a machine without a GPU: on the fake devices of tests/fake_cuda, in processes of their own.
+
+Not named after CUDA, so that `-k cuda` on a machine with a GPU leaves it out. Needs a build with CUDA, g++ and nvcc's headers. FAIL_WITHOUT_CUDA_BUILD=1 says that they are expected.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import require_cuda_build
+
+TESTS = Path(__file__).parent
+
+# The GPU tests that the fake does not run.
+EXCLUDED = [
+    # Code that Triton compiles for a GPU.
+    "tests/test_compile.py::test_compile_one_graph_for_all_batch_sizes[cuda-inductor]",
+    "tests/test_compile.py::test_modes[cuda-reduce-overhead]",
+    "tests/test_compile.py::test_modes[cuda-max-autotune]",
+    "tests/test_compile.py::test_neighbours_are_fused[cuda]",
+    # Minutes, and 4 GiB: check_host.py does that with memory that nobody touches.
+    "tests/test_cuda.py::TestDevice::test_more_than_two_to_the_31_elements",
+]
+
+
+@pytest.fixture(autouse=True)
+def _require_cuda_build():
+    require_cuda_build()
+
+
+def run_on_fake(*arguments: str, **environment: str) -> str:
+    """Runs pytest on the fake devices; returns its last line."""
+    command = [sys.executable, str(TESTS / "fake_cuda"), sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, *arguments],
+        cwd=TESTS.parent,
+        env={**os.environ, "FAIL_WITHOUT_CUDA": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-5000:]
+    return result.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
+def test_calls(library):
+    run_on_fake("tests/fake_cuda/check_host.py", BLOCKDIAG_CUDA_GEMM=library)
+
+
+@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
+def test_values(library):
+    """All tests that run on a GPU, and with cuBLASLt those of the op."""
+    files = ["linear", "random", "autograd", "autocast", "cuda", "memory"]
+    paths = ["tests"] if library == "cublas" else [f"tests/test_{name}.py" for name in files]
+    excluded = [argument for test in EXCLUDED for argument in ("--deselect", test)]
+    last = run_on_fake("-m", "cuda", *excluded, *paths, BLOCKDIAG_CUDA_GEMM=library)
+    assert int(last.split()[0]) > 1000, last
+
+
+@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
+def test_bounds(library):
+    """Every tensor lies in memory of its own: what reads or writes an element beyond it is found."""
+    run_on_fake(
+        *("-m", "cuda", "tests/test_linear.py", "tests/test_random.py"),
+        BLOCKDIAG_CUDA_GEMM=library,
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    )
+
+
+@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
+def test_order(library):
+    """No work is done before something waits for it: what does not wait for what it needs computes with old values."""
+    excluded = ["--deselect", EXCLUDED[-1]]
+    run_on_fake("-m", "cuda", "tests/test_cuda.py", *excluded, BLOCKDIAG_CUDA_GEMM=library, FAKE_CUDA="lazy=1")
+
+
+# Calls cuBLAS by hand, with one mistake: what is said of each is the proof that the others do not make it.
+_MISTAKE = """
+import ctypes, torch
+cublas = ctypes.CDLL(None)
+handle, one = ctypes.c_void_p(), ctypes.c_float(1)
+a, b, c = (torch.zeros(1 << 20, device="cuda:0") for _ in range(3))
+other = torch.zeros(4, device="cuda:1")
+cublas.cublasCreate_v2(ctypes.byref(handle))
+def gemm(a, b, c, lda=2):
+    a, b, c = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, c))
+    scale = ctypes.byref(one)
+    print("status", cublas.cublasGemmEx(handle, 0, 0, 2, 2, 2, scale, a, 0, lda, b, 0, 2, scale, c, 0, 2, 68, -1))
+{call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("gemm(a, b, c)", "status 0"),
+        ("gemm(a, b, c, lda=1)", "status 7"),
+        ("gemm(a, b, c, lda=1 << 30)", "cublasGemmEx: A: the 4294967304 bytes at"),
+        ("gemm(a, other, c)", "cublasGemmEx: B: memory of device 1 on device 0"),
+        ("gemm(a, b, b)", "cublasGemmEx: D overlaps A or B"),
+        (
+            "torch.cuda.set_device(1); gemm(a, b, c)",
+            "handle, its stream and the current device are not of one",
+        ),
+        ("cublas.cublasSgemm_v2()", "cublasSgemm_v2 is not faked"),
+    ],
+    ids=["none", "status", "bounds", "memory", "overlap", "device", "unfaked"],
+)
+def test_the_fake_notices(call, said):
+    command = [sys.executable, str(TESTS / "fake_cuda"), sys.executable, "-c", _MISTAKE.format(call=call)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert said in result.stdout + result.stderr
