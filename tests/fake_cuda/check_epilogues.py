@@ -51,7 +51,10 @@ def test_epilogues_as_documented(epilogue, of, dtype):
     operands_of_matmul = (one, pointers[0], layouts[0], pointers[1], layouts[1])
     results_of_matmul = (zero, pointers[3], layouts[2], pointers[3], layouts[2])
     matmul = fakes.cublasLtMatmul
-    assert matmul(handle, operation, *operands_of_matmul, *results_of_matmul, algorithms, None, 0, None) == 0
+    assert (
+        matmul(handle, operation, *operands_of_matmul, *results_of_matmul, algorithms, None, ctypes.c_size_t(0), None)
+        == 0
+    )
 
     expected = (b.float() @ a.float()) + (bias[:, None, :m].float() if epilogue == 4 else 0)
     torch.testing.assert_close(tensors[3].cpu(), expected.to(dtype))
