@@ -1,6 +1,7 @@
 """The CUDA host code on a machine without a GPU: on the fake devices of tests/fake_cuda, in processes of their own.
 
-Not named after CUDA, so that `-k cuda` on a machine with a GPU leaves it out. Needs a build with CUDA, g++ and nvcc's headers. FAIL_WITHOUT_CUDA_BUILD=1 says that they are expected.
+Not named after CUDA, so that `-k cuda` on a machine with a GPU leaves it out. Needs a build with CUDA, g++ and nvcc's
+headers. FAIL_WITHOUT_CUDA_BUILD=1 says that they are expected.
 """
 
 import os
@@ -49,7 +50,7 @@ def run_on_fake(*arguments: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("library", ["cublas", "cublaslt"])
 def test_calls(library):
-    run_on_fake("tests/fake_cuda/check_host.py", BLOCKDIAG_CUDA_GEMM=library)
+    run_on_fake("tests/fake_cuda/check_host.py", "tests/fake_cuda/check_epilogues.py", BLOCKDIAG_CUDA_GEMM=library)
 
 
 @pytest.mark.parametrize("library", ["cublas", "cublaslt"])

@@ -5,12 +5,10 @@ and new results are copied into CUDA tensors. What only makes or views tensors i
 allocates.
 """
 
-import atexit
 import ctypes
 import itertools
 import os
 import threading
-import time
 import traceback
 from collections.abc import Callable
 
@@ -256,9 +254,6 @@ class Fake:
             if name.startswith("aten::") and name not in REAL and not _is_view(op := _find(name)):
                 kernel = self._kernel(name, SUBSTITUTES.get(name, op))
                 self._library.impl(name.removeprefix("aten::"), kernel, "CUDA", allow_override=True)
-        # Autograd's threads let go of tensors a little after the results are there. At exit, without the GIL that
-        # tensors made by Python need, that would end in abort().
-        atexit.register(time.sleep, 0.1)
 
 
 fake = Fake() if hasattr(ctypes.CDLL(None), "fake_cuda_set") else None

@@ -31,6 +31,9 @@ bool scale_of(cudaDataType data, cublasComputeType_t compute, cudaDataType* scal
 }
 
 cublasStatus_t gemm(cublasHandle_t handle, Product product, cublasComputeType_t compute) {
+  if (do_nothing) {
+    return CUBLAS_STATUS_SUCCESS;
+  }
   auto& found = handle_of(handle);
   log(std::string(product.function) + " m=" + std::to_string(product.m) + " n=" + std::to_string(product.n) +
       " k=" + std::to_string(product.k) + " batch=" + std::to_string(product.batch));

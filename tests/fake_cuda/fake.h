@@ -4,6 +4,7 @@
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -29,6 +30,9 @@ constexpr size_t kMemory = size_t{80} << 30;
 /// Switches, by name; see options.cpp for what they do. 0 unless set.
 int64_t option(const char* name);
 void set_option(const char* name, int64_t value);
+
+/// Whether library calls and kernels are to return at once, unchecked and unlogged: the option `nothing`.
+extern std::atomic<bool> do_nothing;
 
 void log(const std::string& entry);
 

@@ -2,7 +2,7 @@
 //
 // lazy              1: work waits in its stream until something waits for it: what lacks a dependency computes too early
 // dry               1: nothing is computed, and every kernel may be launched: for counting and timing what the host does
-// no_log            1: nothing is logged
+// nothing           1: the same, without checks and log: for timing the host
 // malloc_after      n: the next n - 1 calls of cudaMalloc work, and all later ones fail
 // gemm_status       what cublasGemm* return, without computing
 // matmul_status     what cublasLtMatmul returns, without computing
@@ -14,7 +14,6 @@
 // unsteady_ID       1: it does so every other time
 #include "fake.h"
 
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -39,6 +38,7 @@ struct Options {
       values[rest.substr(0, equals)] = std::stoll(rest.substr(equals + 1, end - equals - 1));
       rest.erase(0, end + 1);
     }
+    do_nothing = values["nothing"] != 0;
   }
 };
 
@@ -60,6 +60,8 @@ Log& the_log() {
 
 } // namespace
 
+std::atomic<bool> do_nothing{false};
+
 void fail(const std::string& what) {
   throw std::runtime_error("fake CUDA device: " + what);
 }
@@ -73,10 +75,11 @@ int64_t option(const char* name) {
 void set_option(const char* name, int64_t value) {
   const std::unique_lock lock(options().mutex);
   options().values[name] = value;
+  do_nothing = options().values["nothing"] != 0;
 }
 
 void log(const std::string& entry) {
-  if (option("no_log") == 0) {
+  if (!do_nothing) {
     const std::lock_guard lock(the_log().mutex);
     the_log().entries.push_back(entry);
   }
