@@ -12,15 +12,39 @@
 namespace blockdiag::cuda {
 namespace {
 
+/// The type of `size` bytes that one instruction moves: of a struct, the compiler moves the parts.
+template <size_t size>
+using Word = std::conditional_t<
+    size == 16,
+    uint4,
+    std::conditional_t<size == 8, uint2, std::conditional_t<size == 4, uint32_t, uint16_t>>>;
+
+/// `*from`, or zeros if not `valid`.
 template <typename V>
 __device__ __forceinline__ V read(const void* from, bool valid) {
-  return valid ? *static_cast<const V*>(from) : V{};
+  return __builtin_bit_cast(V, valid ? *static_cast<const Word<sizeof(V)>*>(from) : Word<sizeof(V)>());
+}
+
+/// To global memory. Spelled out, as the compiler makes four instructions of an assignment in a branch.
+template <typename V>
+__device__ __forceinline__ void write(void* to, const V& value, bool valid) {
+  const auto word = __builtin_bit_cast(Word<sizeof(V)>, value);
+  if (!valid) {
+    return;
+  }
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
+  } else if constexpr (sizeof(V) == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(to), "r"(word.x), "r"(word.y));
+  } else {
+    *static_cast<Word<sizeof(V)>*>(to) = word;
+  }
 }
 
 template <typename V>
-__device__ __forceinline__ void write(void* to, const V& value, bool valid) {
+__device__ __forceinline__ void write_shared(void* to, const V& value, bool valid) {
   if (valid) {
-    *static_cast<V*>(to) = value;
+    *static_cast<Word<sizeof(V)>*>(to) = __builtin_bit_cast(Word<sizeof(V)>, value);
   }
 }
 
@@ -48,8 +72,12 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 }
 
 template <typename... Arguments>
-void launch(void (*kernel)(Arguments...), int64_t blocks, int threads, size_t shared_bytes, Arguments... arguments) {
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
+void launch(
+    void (*kernel)(Arguments...), int64_t x, int64_t y, int64_t threads, size_t shared_bytes, Arguments... arguments
+) {
+  const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  kernel<<<grid, static_cast<unsigned>(threads), shared_bytes, stream>>>(arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -2,11 +2,11 @@
 //
 // Nothing passes through shared memory on its way to the tensor cores: operands go from global memory to the registers of
 // the threads that multiply them, and back, in vectors of up to 16 bytes. That takes a permutation. In mma.m16n8k16 thread
-// (r, q) = (lane / 4, lane % 4) holds the elements 2q, 2q + 1, 2q + 8 and 2q + 9 of row r (and of row r + 8) of A, those of
-// column r of B, and columns 2q and 2q + 1 of the result (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point
-// type"). A sum does not depend on the order of its terms, nor a product's column on those beside it: so thread q takes
-// eight neighbours in memory for its share of two mma's, as long as both operands do, and columns are dealt out to mma's
-// such that its results are neighbours too.
+// (r, q) = (lane / 4, lane % 4) holds the elements 2q, 2q + 1, 2q + 8 and 2q + 9 of rows r and r + 8 of A and of column r of
+// B, and of the result rows r and r + 8 in columns 2q and 2q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating
+// point type"). A sum does not depend on the order of its terms, nor a row of a product on those beside it: so thread q takes
+// eight neighbours in memory for its share of two mma's, as long as both operands do, and rows are dealt out to mma's such
+// that a thread's results are neighbours too.
 //
 // Pairs of elements share a register, the first in its lower half. Elements outside of a matrix are zeros, never read.
 #include "small_blocks.h"
@@ -37,10 +37,10 @@ struct Problem {
   Gemm gemm;
   const uint16_t *a, *b, *bias;
   uint16_t *c, *bias_grad;
-  float* partial;       // sums of parts of the batch, if there are several
-  int64_t parts;        // of the batch, which are computed at the same time
-  bool wide_c;          // whether vectors of C are aligned
-  int tiles_i, tiles_j; // tiles of 32 columns that C has in a sum over the batch
+  float* partial;     // sums of parts of the batch, if there are several
+  int64_t parts;      // of the batch, which are computed at the same time
+  bool wide_c;        // whether vectors of C are aligned
+  int more_i, more_j; // whether C has two tiles of 32 columns, or rows, in a sum over the batch: 0 or 1
 };
 
 /// 2N elements of a row of `size` from `col` on. Vectors only if kWide: they are aligned, and end where the row ends.
@@ -64,15 +64,15 @@ template <typename T, int N>
 __device__ __forceinline__ void store(
     uint16_t* row, int col, int size, const float (&values)[N], bool wide, bool valid
 ) {
-  Vector<uint16_t, N> rounded;
-  for (int i = 0; i < N; ++i) {
-    rounded.at[i] = T(values[i]).x;
+  Vector<uint32_t, N / 2> words;
+  for (int i = 0; i < N / 2; ++i) {
+    words.at[i] = T(values[2 * i]).x | uint32_t{T(values[2 * i + 1]).x} << 16;
   }
   if (wide) {
-    write(row + col, rounded, valid && col < size);
+    write(row + col, words, valid && col < size);
   } else {
     for (int i = 0; i < N; ++i) {
-      write(row + col + i, rounded.at[i], valid && col + i < size);
+      write(row + col + i, static_cast<uint16_t>(words.at[i / 2] >> i % 2 * 16), valid && col + i < size);
     }
   }
 }
@@ -88,57 +88,61 @@ __device__ __forceinline__ float to_float(uint32_t bits) {
   return static_cast<float>(T(static_cast<uint16_t>(bits), T::from_bits()));
 }
 
-// Activation times weight: C[j, i] = sum over l of X[j, l] W[i, l], row-major, for the rows j of the batch. X is the mma's A,
-// and W its B.
+// Activation times weight: C[j, i] = sum over l of X[j, l] W[i, l], row-major, for the rows j of the batch. W is the mma's A,
+// and X its B: 16 columns of C for 8 rows of the batch, which X's words feed as they were read.
 //
-// A warp has one block: its W in registers, and every `parts`-th tile of 16 rows of its X. The warps of a thread block share
+// A warp has one block: its W in registers, and every `parts`-th tile of 8 rows of its X. The warps of a thread block share
 // W, by way of the first cache; neighbouring thread blocks have the same rows of neighbouring blocks, which lie side by side.
 // No thread waits for another.
 
-/// How many words of a row of kWidth elements a thread reads at once, and how many neighbouring columns each of the mma's 8
-/// columns stands for, in as many mma's: all there are of 16, or of each 32.
-template <int kWidth>
-constexpr int kRun = kWidth == 16 ? 2 : 4;
+/// How many words of a row of K elements a thread reads at once: all of 16, or of each 32.
+template <int kK>
+constexpr int kPiece = kK == 16 ? 2 : 4;
 
 /// Thread q's share of a row: word i is of the elements element_of<kK>(i, q) and the next.
 template <int kK>
 __device__ __forceinline__ int element_of(int i, int q) {
-  return i / kRun<kK> * 32 + (q * kRun<kK> + i % kRun<kK>)*2;
+  return i / kPiece<kK> * 32 + (q * kPiece<kK> + i % kPiece<kK>)*2;
 }
 
 template <int kK, bool kWide>
 __device__ __forceinline__ void load_row(uint32_t (&words)[kK / 8], const uint16_t* row, int q, int size, bool valid) {
 #pragma unroll
-  for (int i = 0; i < kK / 8; i += kRun<kK>) {
-    const auto piece = load<kRun<kK>, kWide>(row, element_of<kK>(i, q), size, valid);
-    for (int j = 0; j < kRun<kK>; ++j) {
+  for (int i = 0; i < kK / 8; i += kPiece<kK>) {
+    const auto piece = load<kPiece<kK>, kWide>(row, element_of<kK>(i, q), size, valid);
+    for (int j = 0; j < kPiece<kK>; ++j) {
       words[i + j] = piece.at[j];
     }
   }
 }
 
-/// Column r of mma t is row i = t / run * 32 + r * run + t % run of W: at a + i * ld, or at a + i with steps of ld.
+/// Thread r has the kM / 8 rows of W from r * kM / 8 on, in pairs, as rows r and r + 8 of the mma's A.
+template <int kM, int kK>
+using Weight = uint32_t[kM / 16][kK / 16][4];
+
 template <int kK, int kM, bool kWide>
-__device__ __forceinline__ void load_weight(
-    uint32_t (&w)[kM / 8][kK / 8], const Problem& p, int64_t block, int r, int q
-) {
-  constexpr int run = kRun<kM>;
+__device__ __forceinline__ void load_weight(Weight<kM, kK>& w, const Problem& p, int64_t block, int r, int q) {
   const int m = static_cast<int>(p.gemm.m), k = static_cast<int>(p.gemm.k);
   const uint16_t* const a = p.a + block * p.gemm.a.stride;
+  if (p.gemm.a.transpose) { // rows of W are contiguous
 #pragma unroll
-  for (int t = 0; t < kM / 8; ++t) {
-    const int row = t / run * 32 + r * run + t % run;
-    if (p.gemm.a.transpose) {
-      load_row<kK, kWide>(w[t], a + row * p.gemm.a.ld, q, k, row < m);
-    } else if (t % run == 0) {
+    for (int i = 0; i < kM / 8; ++i) {
+      uint32_t words[kK / 8];
+      load_row<kK, kWide>(words, a + (r * kM / 8 + i) * p.gemm.a.ld, q, k, r * kM / 8 + i < m);
 #pragma unroll
-      for (int i = 0; i < kK / 8; ++i) {
-        const int l = element_of<kK>(i, q);
-        const auto first = load<run / 2, kWide>(a + l * p.gemm.a.ld, row, m, l < k);
-        const auto second = load<run / 2, kWide>(a + (l + 1) * p.gemm.a.ld, row, m, l + 1 < k);
-        for (int u = 0; u < run; ++u) {
-          w[t + u][i] = pair(first, second, u);
-        }
+      for (int l = 0; l < kK / 8; ++l) {
+        w[i / 2][l / 2][l % 2 * 2 + i % 2] = words[l];
+      }
+    }
+  } else { // columns are
+#pragma unroll
+    for (int l = 0; l < kK / 8; ++l) {
+      const int col = element_of<kK>(l, q);
+      const auto first = load<kM / 16, kWide>(a + col * p.gemm.a.ld, r * kM / 8, m, col < k);
+      const auto second = load<kM / 16, kWide>(a + (col + 1) * p.gemm.a.ld, r * kM / 8, m, col + 1 < k);
+#pragma unroll
+      for (int i = 0; i < kM / 8; ++i) {
+        w[i / 2][l / 2][l % 2 * 2 + i % 2] = pair(first, second, i);
       }
     }
   }
@@ -148,77 +152,67 @@ constexpr int kRowWarps = 4; // of a thread block, at most
 
 /// Thread blocks on a multiprocessor: bounds the registers.
 constexpr int row_blocks(int k, int m) {
-  return k * m >= 2048 ? 3 : 4;
+  return k * m >= 2048 ? 3 : k * m > 256 ? 4 : 6;
 }
 
-/// How many tiles are on their way to a warp: 4 KiB.
+/// How many tiles are on their way to a warp: 4 KiB, or 2 in more warps.
 constexpr int row_ahead(int k) {
-  return 128 / k;
+  return k == 64 ? 4 : 8;
 }
 
 template <typename T, int kK, int kM, bool kWide>
 __global__ void __launch_bounds__(kRowWarps * 32, row_blocks(kK, kM)) row_kernel(const Problem p) {
-  constexpr int run = kRun<kM>, kAhead = row_ahead(kK);
+  constexpr int kAhead = row_ahead(kK);
   const int m = static_cast<int>(p.gemm.m), k = static_cast<int>(p.gemm.k);
   const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
-  const auto batch = static_cast<unsigned>(p.gemm.batch);
-  const int64_t block = blockIdx.x % batch, tiles = (p.gemm.n + 15) / 16;
-  int64_t tile = blockIdx.x / batch * (blockDim.x / 32) + threadIdx.x / 32;
+  const int64_t block = blockIdx.x, step = p.parts * 8;
+  // Of the tile that is computed next, and of the one that is read next.
+  int64_t first = (blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * 8, row = first + r;
+  uint16_t* c = p.c + block * p.gemm.c.stride + (first + 2 * q) * p.gemm.c.ld;
+  const uint16_t* b = p.b + block * p.gemm.b.stride + row * p.gemm.b.ld;
 
-  uint32_t x[kAhead][2][kK / 8]; // of rows r and r + 8
-  const auto load_tile = [&](uint32_t (&rows)[2][kK / 8], int64_t tile) {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t j = tile * 16 + half * 8 + r;
-      load_row<kK, kWide>(rows[half], p.b + block * p.gemm.b.stride + j * p.gemm.b.ld, q, k, j < p.gemm.n);
-    }
+  uint32_t x[kAhead][kK / 8];
+  const auto load_next = [&](uint32_t (&words)[kK / 8]) {
+    load_row<kK, kWide>(words, b, q, k, row < p.gemm.n);
+    row += step;
+    b += step * p.gemm.b.ld;
   };
 #pragma unroll
   for (int ahead = 0; ahead < kAhead; ++ahead) {
-    load_tile(x[ahead], tile + ahead * p.parts);
+    load_next(x[ahead]);
   }
-  uint32_t w[kM / 8][kK / 8];
+  Weight<kM, kK> w;
   load_weight<kK, kM, kWide>(w, p, block, r, q);
-  // Thread q's results of mma's t to t + run are 2 * run neighbours: from mma t + u the elements u and run + u.
-  uint32_t bias[kM / 8];
+  float bias[kM / 8];
 #pragma unroll
-  for (int t = 0; t < kM / 8; ++t) {
-    const int i = t / run * 32 + 2 * q * run + t % run;
-    const auto element = [&](int i) {
-      return uint32_t{read<uint16_t>(p.bias + block * m + i, p.bias != nullptr && i < m)};
-    };
-    bias[t] = element(i) | element(i + run) << 16;
+  for (int i = 0; i < kM / 8; ++i) {
+    const bool valid = p.bias != nullptr && r * kM / 8 + i < m;
+    bias[i] = to_float<T>(read<uint16_t>(p.bias + block * m + r * kM / 8 + i, valid));
   }
 
-  while (tile < tiles) {
+  while (first < p.gemm.n) {
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead, tile += p.parts) {
-      if (tile >= tiles) {
+    for (int ahead = 0; ahead < kAhead; ++ahead, first += step, c += step * p.gemm.c.ld) {
+      if (first >= p.gemm.n) {
         return;
       }
+      float values[2][kM / 8]; // of rows 2q and 2q + 1
 #pragma unroll
-      for (int t = 0; t < kM / 8; t += run) {
-        float values[2][2 * run]; // of rows r and r + 8
+      for (int i = 0; i < kM / 8; i += 2) {
+        float sums[4] = {bias[i], bias[i], bias[i + 1], bias[i + 1]};
 #pragma unroll
-        for (int u = 0; u < run; ++u) {
-          const float low = to_float<T>(bias[t + u]), high = to_float<T>(bias[t + u] >> 16);
-          float sums[4] = {low, high, low, high};
-#pragma unroll
-          for (int i = 0; i < kK / 8; i += 2) {
-            const auto& [top, bottom] = x[ahead];
-            mma<T>(sums, {top[i], bottom[i], top[i + 1], bottom[i + 1]}, {w[t + u][i], w[t + u][i + 1]});
-          }
-          for (int e = 0; e < 4; ++e) {
-            values[e / 2][e % 2 * run + u] = sums[e];
-          }
+        for (int l = 0; l < kK / 16; ++l) {
+          mma<T>(sums, w[i / 2][l], {x[ahead][2 * l], x[ahead][2 * l + 1]});
         }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t j = tile * 16 + half * 8 + r;
-          uint16_t* const c = p.c + block * p.gemm.c.stride + j * p.gemm.c.ld;
-          store<T>(c, t / run * 32 + 2 * run * q, m, values[half], p.wide_c, j < p.gemm.n);
+        for (int e = 0; e < 4; ++e) {
+          values[e % 2][i + e / 2] = sums[e];
         }
       }
-      load_tile(x[ahead], tile + kAhead * p.parts);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        store<T>(c + e * p.gemm.c.ld, r * kM / 8, m, values[e], p.wide_c, first + 2 * q + e < p.gemm.n);
+      }
+      load_next(x[ahead]);
     }
   }
 }
@@ -247,7 +241,7 @@ constexpr int kTileFloats = kJ * 2 * (32 * kI + kPad);
 
 template <int kI, int kJ>
 __host__ __device__ int share_floats(const Problem& p) {
-  return p.tiles_i * p.tiles_j * kTileFloats<kI, kJ> + p.tiles_j * 32;
+  return (kTileFloats<kI, kJ> << (p.more_i + p.more_j)) + (32 << p.more_j);
 }
 
 template <int N>
@@ -269,23 +263,24 @@ __device__ void add_shares(
     const Problem& p, int64_t block, int index, const float* from, int64_t step, int64_t count, float* to
 ) {
   const int tile = index / (kJ * 64), row = index / 64 % kJ, lane = index / 2 % 32, e = index % 2;
-  if (const int vectors = p.tiles_i * p.tiles_j * kJ * 64; index < vectors) {
+  if (const int vectors = kJ * 64 << (p.more_i + p.more_j); index < vectors) {
     const int at = tile * kTileFloats<kI, kJ> + (row * 2 + e) * (32 * kI + kPad) + lane * kI;
     const auto total = add_vectors<kI>(from + at, step, count);
     if (to != nullptr) {
       write(to + at, total, true);
       return;
     }
-    const int i = tile % p.tiles_i * 32 + kI * (2 * (lane % 4) + e), j = tile / p.tiles_i * 32 + kJ * (lane / 4) + row;
+    const int i = (tile & p.more_i) * 32 + kI * (2 * (lane % 4) + e),
+              j = (tile >> p.more_i) * 32 + kJ * (lane / 4) + row;
     uint16_t* const c = p.c + block * p.gemm.c.stride + j * p.gemm.c.ld;
     store<T>(c, i, static_cast<int>(p.gemm.m), total.at, p.wide_c, j < p.gemm.n);
   } else if (const int j = index - vectors; p.bias_grad != nullptr && j < p.gemm.n) {
-    const int at = p.tiles_i * p.tiles_j * kTileFloats<kI, kJ> + j;
+    const int at = (kTileFloats<kI, kJ> << (p.more_i + p.more_j)) + j;
     const auto total = add_vectors<1>(from + at, step, count);
     if (to != nullptr) {
       write(to + at, total, true);
     } else {
-      store<T>(p.bias_grad + block * p.gemm.n, j, static_cast<int>(p.gemm.n), total.at, false, true);
+      write(p.bias_grad + block * p.gemm.n + j, T(total.at[0]).x, true);
     }
   }
 }
@@ -293,44 +288,46 @@ __device__ void add_shares(
 /// How many indices add_shares has.
 template <int kJ>
 __host__ __device__ int share_vectors(const Problem& p) {
-  return p.tiles_i * p.tiles_j * kJ * 64 + p.tiles_j * 32;
+  return (kJ * 64 << (p.more_i + p.more_j)) + (32 << p.more_j);
 }
 
 template <typename T, int kI, int kJ, bool kWide>
 __global__ void __launch_bounds__(kSumWarps * 32, 2) sum_kernel(const Problem p) {
   constexpr int kAhead = sum_ahead(kI, kJ);
   const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4, warp = threadIdx.x / 32;
-  const int output_tiles = p.tiles_i * p.tiles_j, shares = blockDim.x / 32 / output_tiles, share = warp / output_tiles;
-  const int tile_i = warp % p.tiles_i, tile_j = warp / p.tiles_i % p.tiles_j;
+  const int output_tiles = 1 << (p.more_i + p.more_j), shares = blockDim.x / 32 >> (p.more_i + p.more_j);
+  const int share = warp >> (p.more_i + p.more_j), tile_i = warp & p.more_i, tile_j = warp >> p.more_i & p.more_j;
   const int m = static_cast<int>(p.gemm.m), n = static_cast<int>(p.gemm.n);
-  const auto batch = static_cast<unsigned>(p.gemm.batch);
-  const int64_t block = blockIdx.x % batch, part = blockIdx.x / batch;
-  const int64_t tiles = (p.gemm.k + 15) / 16, step = p.parts * shares;
+  const int64_t block = blockIdx.x, part = blockIdx.y, step = p.parts * shares * 16;
+  // Of the tile that is summed next, and of the one that is read next.
+  int64_t first = (part * shares + share) * 16, row = first + q;
+  const uint16_t* a = p.a + block * p.gemm.a.stride + row * p.gemm.a.ld;
+  const uint16_t* b = p.b + block * p.gemm.b.stride + row * p.gemm.b.ld;
 
   Vector<uint32_t, kI / 2> x[kAhead][4];
   Vector<uint32_t, kJ / 2> y[kAhead][4];
-  const auto load_tile = [&](int ahead, int64_t tile) {
+  const auto load_next = [&](int ahead) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t l = tile * 16 + i * 4 + q;
-      const uint16_t* const row_x = p.a + block * p.gemm.a.stride + l * p.gemm.a.ld;
-      const uint16_t* const row_y = p.b + block * p.gemm.b.stride + l * p.gemm.b.ld;
-      x[ahead][i] = load<kI / 2, kWide>(row_x, tile_i * 32 + r * kI, m, l < p.gemm.k);
-      y[ahead][i] = load<kJ / 2, kWide>(row_y, tile_j * 32 + r * kJ, n, l < p.gemm.k);
+      const bool valid = row + 4 * i < p.gemm.k;
+      x[ahead][i] = load<kI / 2, kWide>(a + 4 * i * p.gemm.a.ld, tile_i * 32 + r * kI, m, valid);
+      y[ahead][i] = load<kJ / 2, kWide>(b + 4 * i * p.gemm.b.ld, tile_j * 32 + r * kJ, n, valid);
     }
+    row += step;
+    a += step * p.gemm.a.ld;
+    b += step * p.gemm.b.ld;
   };
-  int64_t tile = part * shares + share;
 #pragma unroll
   for (int ahead = 0; ahead < kAhead; ++ahead) {
-    load_tile(ahead, tile + ahead * step);
+    load_next(ahead);
   }
   float sums[kJ / 2][kI][4] = {}, column_sums[kJ / 2][4] = {};
   const bool sum_columns = p.bias_grad != nullptr && tile_i == 0;
   constexpr uint32_t kOnes = std::is_same_v<T, c10::Half> ? 0x3c003c00 : 0x3f803f80;
-  while (tile < tiles) {
+  while (first < p.gemm.k) {
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead, tile += step) {
-      if (tile >= tiles) {
+    for (int ahead = 0; ahead < kAhead; ++ahead, first += step) {
+      if (first >= p.gemm.k) {
         break;
       }
       const auto& rx = x[ahead];
@@ -348,7 +345,7 @@ __global__ void __launch_bounds__(kSumWarps * 32, 2) sum_kernel(const Problem p)
           mma<T>(column_sums[u / 2], left, {kOnes, kOnes}); // each of its columns is the sum
         }
       }
-      load_tile(ahead, tile + kAhead * step);
+      load_next(ahead);
     }
   }
 
@@ -362,11 +359,11 @@ __global__ void __launch_bounds__(kSumWarps * 32, 2) sum_kernel(const Problem p)
       for (int t = 0; t < kI; ++t) {
         vector.at[t] = sums[row / 2][t][row % 2 * 2 + e];
       }
-      const int tile = (warp % output_tiles) * kTileFloats<kI, kJ>;
-      write(shared + tile + (row * 2 + e) * (32 * kI + kPad) + lane * kI, vector, true);
+      const int tile = (warp & (output_tiles - 1)) * kTileFloats<kI, kJ>;
+      write_shared(shared + tile + (row * 2 + e) * (32 * kI + kPad) + lane * kI, vector, true);
     }
     float* const columns = shared + output_tiles * kTileFloats<kI, kJ> + tile_j * 32;
-    write(columns + r * kJ + row, column_sums[row / 2][row % 2 * 2], sum_columns && q == 0);
+    write_shared(columns + r * kJ + row, column_sums[row / 2][row % 2 * 2], sum_columns && q == 0);
   }
   __syncthreads();
   float* const to = p.parts == 1 ? nullptr : p.partial + (part * p.gemm.batch + block) * floats;
@@ -378,9 +375,8 @@ __global__ void __launch_bounds__(kSumWarps * 32, 2) sum_kernel(const Problem p)
 template <typename T, int kI, int kJ>
 __global__ void __launch_bounds__(128) add_parts_kernel(const Problem p) {
   const int floats = share_floats<kI, kJ>(p);
-  const auto batch = static_cast<unsigned>(p.gemm.batch);
-  const int64_t block = blockIdx.x % batch;
-  const int index = static_cast<int>(blockIdx.x / batch * blockDim.x + threadIdx.x);
+  const int64_t block = blockIdx.x;
+  const int index = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (index < share_vectors<kJ>(p)) {
     add_shares<T, kI, kJ>(p, block, index, p.partial + block * floats, p.gemm.batch * floats, p.parts, nullptr);
   }
@@ -415,27 +411,27 @@ void with_width(int64_t size, const Function& function) {
 
 template <typename T, int kK, int kM, bool kWide>
 void run_rows(Problem p, int64_t processors) {
-  p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kRun<kM> * 2);
+  p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kM / 8);
   // As many warps as have room at once; but rather tiles enough for each to be worth its W, if that keeps everything busy.
-  const int64_t tiles = divide_up(p.gemm.n, 16), batch = p.gemm.batch;
+  const int64_t tiles = divide_up(p.gemm.n, 8), batch = p.gemm.batch;
   const int64_t most = processors * row_blocks(kK, kM) * kRowWarps / batch;
   const int64_t enough = std::max(divide_up(tiles, row_ahead(kK)), 4 * processors / batch);
   p.parts = std::clamp<int64_t>(std::min(most, enough), 1, tiles);
   p.parts = divide_up(tiles, divide_up(tiles, p.parts)); // the same number of tiles for all
   const int64_t warps = std::clamp<int64_t>(p.parts * batch / processors, 1, std::min<int64_t>(kRowWarps, p.parts));
   p.parts = divide_up(p.parts, warps) * warps;
-  launch(row_kernel<T, kK, kM, kWide>, p.parts / warps * batch, static_cast<int>(warps) * 32, 0, p);
+  launch(row_kernel<T, kK, kM, kWide>, batch, p.parts / warps, warps * 32, 0, p);
 }
 
 template <typename T, int kI, int kJ, bool kWide>
 void run_sum(Problem p, int64_t processors) {
   p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kI);
-  p.tiles_i = static_cast<int>(divide_up(p.gemm.m, 32));
-  p.tiles_j = static_cast<int>(divide_up(p.gemm.n, 32));
+  p.more_i = p.gemm.m > 32;
+  p.more_j = p.gemm.n > 32;
   p.parts = std::max<int64_t>(std::min(2 * processors / p.gemm.batch, p.gemm.k / kPartRows), 1);
-  const int output_tiles = p.tiles_i * p.tiles_j;
   const int64_t tiles = divide_up(p.gemm.k, 16 * p.parts);
-  const int64_t shares = std::clamp<int64_t>(divide_up(tiles, sum_ahead(kI, kJ)), 1, kSumWarps / output_tiles);
+  const int64_t shares =
+      std::clamp<int64_t>(divide_up(tiles, sum_ahead(kI, kJ)), 1, kSumWarps >> (p.more_i + p.more_j));
   c10::DataPtr partial; // of the caching allocator, which knows of streams and of graph capture
   if (p.parts > 1) {
     const auto floats = p.parts * p.gemm.batch * share_floats<kI, kJ>(p);
@@ -443,15 +439,9 @@ void run_sum(Problem p, int64_t processors) {
     p.partial = static_cast<float*>(partial.get());
   }
   const size_t shared_bytes = shares * share_floats<kI, kJ>(p) * sizeof(float);
-  launch(
-      sum_kernel<T, kI, kJ, kWide>,
-      p.parts * p.gemm.batch,
-      static_cast<int>(shares) * output_tiles * 32,
-      shared_bytes,
-      p
-  );
+  launch(sum_kernel<T, kI, kJ, kWide>, p.gemm.batch, p.parts, (shares << (p.more_i + p.more_j)) * 32, shared_bytes, p);
   if (p.parts > 1) {
-    launch(add_parts_kernel<T, kI, kJ>, divide_up(share_vectors<kJ>(p), 128) * p.gemm.batch, 128, 0, p);
+    launch(add_parts_kernel<T, kI, kJ>, p.gemm.batch, divide_up(share_vectors<kJ>(p), 128), 128, 0, p);
   }
 }
 
@@ -462,8 +452,8 @@ bool run(const Problem& p, int64_t processors) {
     with_width(k, [&](auto width_k) {
       with_width(m, [&](auto width_m) {
         constexpr int kK = width_k, kM = width_m, kSquare = std::max(kK, kM);
-        const int64_t of_a = a.transpose ? kRun<kK> * 2 : kRun<kM>;
-        if (is_wide(p.b, b, batch, k, kRun<kK> * 2) && is_wide(p.a, a, batch, a.transpose ? k : m, of_a)) {
+        const int64_t of_a = a.transpose ? kPiece<kK> * 2 : kM / 8;
+        if (is_wide(p.b, b, batch, k, kPiece<kK> * 2) && is_wide(p.a, a, batch, a.transpose ? k : m, of_a)) {
           run_rows<T, kK, kM, true>(p, processors);
         } else {
           run_rows<T, kSquare, kSquare, false>(p, processors);

@@ -43,7 +43,7 @@ namespace emulated {
 }
 
 struct Index {
-  unsigned x = 0;
+  unsigned x = 0, y = 0;
 };
 
 /// Memory that a kernel may use.
@@ -190,9 +190,9 @@ inline void count_accesses() {
   m.writes.of_blocks += static_cast<int64_t>(of_block[1].size());
 }
 
-inline void run_block(unsigned block, unsigned threads) {
+inline void run_block(Index block, unsigned threads) {
   auto& m = machine();
-  m.block = {block};
+  m.block = block;
   m.block_size = {threads};
   m.all = {threads, {}};
   m.warps.fill({32, {}});
@@ -320,6 +320,11 @@ void write(void* to, const V& value, bool valid) {
   ++emulated::machine().thread->accesses;
 }
 
+template <typename V>
+void write_shared(void* to, const V& value, bool valid) {
+  write(to, value, valid);
+}
+
 inline float* shared_memory() {
   return reinterpret_cast<float*>(emulated::machine().shared_memory.data());
 }
@@ -364,9 +369,11 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 template <typename... Arguments>
-void launch(void (*kernel)(Arguments...), int64_t blocks, int threads, size_t shared_bytes, Arguments... arguments) {
+void launch(
+    void (*kernel)(Arguments...), int64_t x, int64_t y, int64_t threads, size_t shared_bytes, Arguments... arguments
+) {
   auto& machine = emulated::machine();
-  if (blocks < 1 || blocks > std::numeric_limits<int32_t>::max() || threads < 32 || threads > 1024 ||
+  if (x < 1 || x > std::numeric_limits<int32_t>::max() || y < 1 || y > 65535 || threads < 32 || threads > 1024 ||
       threads % 32 != 0 || shared_bytes > machine.shared_memory.size()) {
     emulated::fail("a launch keeps to CUDA's limits");
   }
@@ -375,8 +382,10 @@ void launch(void (*kernel)(Arguments...), int64_t blocks, int threads, size_t sh
   }
   machine.shared_bytes = shared_bytes;
   machine.kernel = [&] { kernel(arguments...); };
-  for (int64_t block = 0; block < blocks; ++block) {
-    emulated::run_block(static_cast<unsigned>(block), static_cast<unsigned>(threads));
+  for (int64_t block = 0; block < x * y; ++block) {
+    emulated::run_block(
+        {static_cast<unsigned>(block % x), static_cast<unsigned>(block / x)}, static_cast<unsigned>(threads)
+    );
   }
   ++machine.launches;
 }
