@@ -229,7 +229,9 @@ Layout random_layout(Random& random) {
 void test_random(Random& random, int trials) {
   for (int trial = 0; trial < trials; ++trial) {
     const auto size = [&] {
-      return random.below(2) == 0 ? random.one_of({8, 16, 24, 32, 48, 64}) : 1 + random.below(64);
+      return random.one_of(
+          {8 + 8 * random.below(8), 16 << random.below(3), 4 + 4 * random.below(16), 1 + random.below(64)}
+      );
     };
     const int64_t batch = 2 + random.below(random.one_of({20, 100, 300}));
     const Sizes sizes{
