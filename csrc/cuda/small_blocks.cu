@@ -384,7 +384,8 @@ __global__ void __launch_bounds__(128) add_parts_kernel(const Problem p) {
 
 constexpr int64_t kMaxSize = 64;
 constexpr int64_t kMaxBatch = std::numeric_limits<int32_t>::max(); // thread blocks of a grid
-constexpr int64_t kPartRows = 1024; // of a part of the batch, at least: what a second kernel's launch is worth
+// To be measured: from how many rows on a batch is split, as its sum is then worth a second kernel; and rows of a part.
+constexpr int64_t kSplitRows = 1024, kPartRows = 256;
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -412,13 +413,14 @@ void with_width(int64_t size, const Function& function) {
 template <typename T, int kK, int kM, bool kWide>
 void run_rows(Problem p, int64_t processors) {
   p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kM / 8);
-  // As many warps as have room at once; but rather tiles enough for each to be worth its W, if that keeps everything busy.
+  // As many warps as have room at once; but rather tiles enough for each to be worth its W, if that leaves 4 warps for each
+  // multiprocessor.
   const int64_t tiles = divide_up(p.gemm.n, 8), batch = p.gemm.batch;
   const int64_t most = processors * row_blocks(kK, kM) * kRowWarps / batch;
   const int64_t enough = std::max(divide_up(tiles, row_ahead(kK)), 4 * processors / batch);
   p.parts = std::clamp<int64_t>(std::min(most, enough), 1, tiles);
   p.parts = divide_up(tiles, divide_up(tiles, p.parts)); // the same number of tiles for all
-  const int64_t warps = std::clamp<int64_t>(p.parts * batch / processors, 1, std::min<int64_t>(kRowWarps, p.parts));
+  const int64_t warps = std::min({divide_up(p.parts * batch, processors), p.parts, int64_t{kRowWarps}});
   p.parts = divide_up(p.parts, warps) * warps;
   launch(row_kernel<T, kK, kM, kWide>, batch, p.parts / warps, warps * 32, 0, p);
 }
@@ -428,7 +430,9 @@ void run_sum(Problem p, int64_t processors) {
   p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kI);
   p.more_i = p.gemm.m > 32;
   p.more_j = p.gemm.n > 32;
-  p.parts = std::max<int64_t>(std::min(2 * processors / p.gemm.batch, p.gemm.k / kPartRows), 1);
+  if (p.parts = 1; p.gemm.k >= kSplitRows) {
+    p.parts = std::clamp<int64_t>(2 * processors / p.gemm.batch, 1, p.gemm.k / kPartRows);
+  }
   const int64_t tiles = divide_up(p.gemm.k, 16 * p.parts);
   const int64_t shares =
       std::clamp<int64_t>(divide_up(tiles, sum_ahead(kI, kJ)), 1, kSumWarps >> (p.more_i + p.more_j));
