@@ -151,18 +151,16 @@ __device__ __forceinline__ void load_weight(Weight<kM, kK>& w, const Problem& p,
 constexpr int kRowWarps = 4; // of a thread block, at most
 
 /// Thread blocks on a multiprocessor: bounds the registers.
-constexpr int row_blocks(int k, int m) {
-  return k * m >= 2048 ? 3 : k * m > 256 ? 4 : 6;
-}
+template <int kK, int kM>
+constexpr int kRowBlocks = kK * kM >= 2048 ? 3 : (kK * kM > 256 ? 4 : 6);
 
 /// How many tiles are on their way to a warp: 4 KiB, or 2 in more warps.
-constexpr int row_ahead(int k) {
-  return k == 64 ? 4 : 8;
-}
+template <int kK>
+constexpr int kRowAhead = kK == 64 ? 4 : 8;
 
 template <typename T, int kK, int kM, bool kWide>
-__global__ void __launch_bounds__(kRowWarps * 32, row_blocks(kK, kM)) row_kernel(const Problem p) {
-  constexpr int kAhead = row_ahead(kK);
+__global__ void __launch_bounds__(kRowWarps * 32, kRowBlocks<kK, kM>) row_kernel(const Problem p) {
+  constexpr int kAhead = kRowAhead<kK>;
   const int m = static_cast<int>(p.gemm.m), k = static_cast<int>(p.gemm.k);
   const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
   const int64_t block = blockIdx.x, step = p.parts * 8;
@@ -228,9 +226,8 @@ __global__ void __launch_bounds__(kRowWarps * 32, row_blocks(kK, kM)) row_kernel
 constexpr int kSumWarps = 8; // of a thread block, at most
 
 /// How many tiles are on their way to a warp.
-constexpr int sum_ahead(int i, int j) {
-  return 16 / (i + j);
-}
+template <int kI, int kJ>
+constexpr int kSumAhead = 16 / (kI + kJ);
 
 // One share's sums: for each tile of C, for each of the kJ rows and both halves of the 2 kI columns of a thread a vector of kI
 // from each thread, and after all tiles the sums of Y's columns.
@@ -293,7 +290,7 @@ __host__ __device__ int share_vectors(const Problem& p) {
 
 template <typename T, int kI, int kJ, bool kWide>
 __global__ void __launch_bounds__(kSumWarps * 32, 2) sum_kernel(const Problem p) {
-  constexpr int kAhead = sum_ahead(kI, kJ);
+  constexpr int kAhead = kSumAhead<kI, kJ>;
   const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4, warp = threadIdx.x / 32;
   const int output_tiles = 1 << (p.more_i + p.more_j), shares = blockDim.x / 32 >> (p.more_i + p.more_j);
   const int share = warp >> (p.more_i + p.more_j), tile_i = warp & p.more_i, tile_j = warp >> p.more_i & p.more_j;
@@ -416,8 +413,8 @@ void run_rows(Problem p, int64_t processors) {
   // As many warps as have room at once; but rather tiles enough for each to be worth its W, if that leaves 4 warps for each
   // multiprocessor.
   const int64_t tiles = divide_up(p.gemm.n, 8), batch = p.gemm.batch;
-  const int64_t most = processors * row_blocks(kK, kM) * kRowWarps / batch;
-  const int64_t enough = std::max(divide_up(tiles, row_ahead(kK)), 4 * processors / batch);
+  const int64_t most = processors * kRowBlocks<kK, kM> * kRowWarps / batch;
+  const int64_t enough = std::max(divide_up(tiles, kRowAhead<kK>), 4 * processors / batch);
   p.parts = std::clamp<int64_t>(std::min(most, enough), 1, tiles);
   p.parts = divide_up(tiles, divide_up(tiles, p.parts)); // the same number of tiles for all
   const int64_t warps = std::min({divide_up(p.parts * batch, processors), p.parts, int64_t{kRowWarps}});
@@ -435,7 +432,7 @@ void run_sum(Problem p, int64_t processors) {
   }
   const int64_t tiles = divide_up(p.gemm.k, 16 * p.parts);
   const int64_t shares =
-      std::clamp<int64_t>(divide_up(tiles, sum_ahead(kI, kJ)), 1, kSumWarps >> (p.more_i + p.more_j));
+      std::clamp<int64_t>(divide_up(tiles, kSumAhead<kI, kJ>), 1, kSumWarps >> (p.more_i + p.more_j));
   c10::DataPtr partial; // of the caching allocator, which knows of streams and of graph capture
   if (p.parts > 1) {
     const auto floats = p.parts * p.gemm.batch * share_floats<kI, kJ>(p);
