@@ -1,0 +1,361 @@
+// The kernels for small blocks, run on a CPU, against the definition in double precision: over random sizes, layouts and
+// alignments, in all passes. `test_small_blocks traffic` prints what they move on problems of benchmarks/suites.py.
+#include "../../csrc/cuda/small_blocks.cu"
+
+#include <cmath>
+#include <cstring>
+#include <string>
+
+namespace {
+
+using blockdiag::Blocks;
+using blockdiag::Gemm;
+using blockdiag::Operand;
+using emulated::fail;
+
+enum class Pass { forward, input_grad, weight_grad };
+
+class Random {
+ public:
+  int64_t below(int64_t bound) {
+    return std::uniform_int_distribution<int64_t>(0, bound - 1)(generator_);
+  }
+  int64_t one_of(std::initializer_list<int64_t> choices) {
+    return choices.begin()[below(static_cast<int64_t>(choices.size()))];
+  }
+  float number() {
+    return std::uniform_real_distribution<float>(-1, 1)(generator_);
+  }
+
+ private:
+  std::mt19937_64 generator_{0};
+};
+
+int64_t offset(const Blocks& blocks, int64_t g, int64_t i, int64_t j) {
+  return g * blocks.block_stride + i * blocks.row_stride + j * blocks.col_stride;
+}
+
+/// Matrices of T as they lie in memory, with NaN wherever no element is; from `misalignment` elements behind a boundary on.
+template <typename T>
+class Matrices {
+ public:
+  Matrices(const Blocks& blocks, int64_t count, int64_t misalignment, bool writable)
+      : blocks(blocks),
+        size_(offset(blocks, count - 1, blocks.rows - 1, blocks.cols - 1) + 1),
+        memory_(size_ + misalignment + 32, T(std::numeric_limits<float>::quiet_NaN())) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    first_ = (32 - address % 32) % 32 / 2 + misalignment;
+    const auto* bytes = reinterpret_cast<const char*>(data());
+    emulated::machine().regions.push_back({bytes, static_cast<size_t>(size_) * 2, writable, {}});
+  }
+  Matrices(const Matrices&) = delete;
+  ~Matrices() {
+    const auto* bytes = reinterpret_cast<const char*>(data());
+    std::erase_if(emulated::machine().regions, [&](const auto& region) { return region.begin == bytes; });
+  }
+
+  T* data() {
+    return memory_.data() + first_;
+  }
+  T& operator()(int64_t g, int64_t i, int64_t j) {
+    return data()[offset(blocks, g, i, j)];
+  }
+  double value(int64_t g, int64_t i, int64_t j) {
+    return static_cast<double>(static_cast<float>((*this)(g, i, j)));
+  }
+  std::vector<uint16_t> bits() {
+    std::vector<uint16_t> result(size_);
+    std::memcpy(result.data(), data(), size_ * 2);
+    return result;
+  }
+
+  const Blocks blocks;
+
+ private:
+  int64_t size_, first_;
+  std::vector<T> memory_;
+};
+
+template <typename T>
+void fill(Matrices<T>& matrices, int64_t count, Random& random) {
+  for (int64_t g = 0; g < count; ++g) {
+    for (int64_t i = 0; i < matrices.blocks.rows; ++i) {
+      for (int64_t j = 0; j < matrices.blocks.cols; ++j) {
+        matrices(g, i, j) = T(random.number());
+      }
+    }
+  }
+}
+
+struct Sizes {
+  Pass pass;
+  int64_t batch, num_blocks, in_block, out_block;
+  bool bias;
+};
+
+/// How the operands lie: an activation's blocks side by side in each row, stacked, or all the same; with gaps or without.
+struct Layout {
+  int64_t kind[2] = {}, gap[2] = {}, row_gap[2] = {}, misalignment[5] = {};
+  bool transposed_weight = false;
+};
+
+Blocks activation(const Sizes& sizes, int64_t block, int64_t kind, int64_t gap, int64_t row_gap) {
+  switch (kind) {
+    case 0:
+      return {sizes.batch, block, sizes.num_blocks * (block + gap) + row_gap, 1, block + gap};
+    case 1:
+      return {sizes.batch, block, block + row_gap, 1, sizes.batch * (block + row_gap) + gap};
+    default:
+      return {sizes.batch, block, block + row_gap, 1, 0};
+  }
+}
+
+Blocks weight(const Sizes& sizes, int64_t gap, int64_t row_gap, bool transposed) {
+  const int64_t rows = transposed ? sizes.in_block : sizes.out_block,
+                cols = transposed ? sizes.out_block : sizes.in_block;
+  const Blocks blocks{rows, cols, cols + row_gap, 1, rows * (cols + row_gap) + gap};
+  return transposed ? blocks.transposed() : blocks;
+}
+
+/// The largest error that rounding allows, for a sum of products with absolute values that sum up to `scale`.
+template <typename T>
+double tolerance(double expected, double scale, int64_t terms) {
+  const bool half = std::is_same_v<T, c10::Half>;
+  return std::abs(expected) * (half ? 0x1p-11 : 0x1p-8) * 1.01 + scale * static_cast<double>(terms + 2) * 0x1p-24 +
+         (half ? 0x1p-24 : 0);
+}
+
+template <typename T>
+void compare(double actual, double expected, double scale, int64_t terms, const char* what) {
+  if (std::isnan(expected) ? !std::isnan(actual)
+                           : !(std::abs(actual - expected) <= tolerance<T>(expected, scale, terms))) {
+    std::fprintf(stderr, "%g is not %g\n", actual, expected);
+    fail(what);
+  }
+}
+
+/// Runs one pass and compares it, bit for bit with a second run, and with the definition.
+template <typename T>
+void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_nan = false) {
+  const auto [pass, batch, num_blocks, in_block, out_block, has_bias] = sizes;
+  const bool forward = pass == Pass::forward, sum = pass == Pass::weight_grad;
+  // out = left right, as csrc/pass.cpp has it.
+  const auto x = activation(sizes, in_block, layout.kind[0], layout.gap[0], layout.row_gap[0]);
+  const auto dy = activation(sizes, out_block, layout.kind[1], layout.gap[1], layout.row_gap[1]);
+  const auto w = weight(sizes, layout.gap[1], layout.row_gap[1], layout.transposed_weight);
+  const Blocks left_blocks = forward ? x : sum ? dy.transposed() : dy;
+  const Blocks right_blocks = forward ? w.transposed() : sum ? x : w;
+  const Blocks out_blocks =
+      sum ? weight(sizes, 0, 0, false) : activation(sizes, forward ? out_block : in_block, 0, 0, 0);
+
+  const auto& skew = layout.misalignment;
+  Matrices<T> left(left_blocks, num_blocks, skew[0], false), right(right_blocks, num_blocks, skew[1], false);
+  Matrices<T> out(out_blocks, num_blocks, skew[2], true);
+  const Blocks vector{num_blocks, out_block, out_block, 1, 0};
+  Matrices<T> bias(vector, 1, skew[3], false), bias_grad(vector, 1, skew[4], true);
+  fill(left, num_blocks, random);
+  fill(right, num_blocks, random);
+  fill(bias, 1, random);
+  if (with_nan) {
+    for (auto* operand : {&left, &right}) {
+      const auto& [rows, cols, row_stride, col_stride, block_stride] = operand->blocks;
+      (*operand)(random.below(num_blocks), random.below(rows), random.below(cols)) =
+          T(std::numeric_limits<float>::quiet_NaN());
+    }
+  }
+  const Gemm gemm = blockdiag::describe_product(left_blocks, right_blocks, out_blocks, num_blocks);
+  const auto dtype = std::is_same_v<T, c10::Half> ? c10::kHalf : c10::kBFloat16;
+  const auto run = [&] {
+    return blockdiag::cuda::run_small_blocks(
+        gemm,
+        dtype,
+        right.data(),
+        left.data(),
+        forward && has_bias ? bias.data() : nullptr,
+        out.data(),
+        sum && has_bias ? bias_grad.data() : nullptr
+    );
+  };
+  if (!run()) {
+    if (sum && out_block == 1) {
+      return; // its rows may be told as columns
+    }
+    fail("the passes of small blocks are taken");
+  }
+  const auto bits = out.bits(), bias_bits = bias_grad.bits();
+  run(); // in another order
+  if (bits != out.bits() || bias_bits != bias_grad.bits()) {
+    fail("equal calls give equal bits");
+  }
+  const int64_t terms = gemm.k;
+  for (int64_t g = 0; g < num_blocks; ++g) {
+    for (int64_t i = 0; i < out_blocks.rows; ++i) {
+      for (int64_t j = 0; j < out_blocks.cols; ++j) {
+        double expected = forward && has_bias ? bias.value(0, g, j) : 0, scale = std::abs(expected);
+        for (int64_t l = 0; l < terms; ++l) {
+          const double product = left.value(g, i, l) * right.value(g, l, j);
+          expected += product;
+          scale += std::abs(product);
+        }
+        compare<T>(out.value(g, i, j), expected, scale, terms, "the result is the product");
+      }
+      if (sum && has_bias) {
+        double expected = 0, scale = 0;
+        for (int64_t l = 0; l < terms; ++l) {
+          expected += left.value(g, i, l);
+          scale += std::abs(left.value(g, i, l));
+        }
+        compare<T>(bias_grad.value(0, g, i), expected, scale, terms, "the gradient of the bias is the sum");
+      }
+    }
+  }
+}
+
+Layout random_layout(Random& random) {
+  Layout layout;
+  for (int i = 0; i < 2; ++i) {
+    layout.kind[i] = random.below(3);
+    layout.gap[i] = random.one_of({0, 0, 8, 1, 2, 4});
+    layout.row_gap[i] = random.one_of({0, 0, 8, 1, 2, 4});
+  }
+  for (auto& elements : layout.misalignment) {
+    elements = random.one_of({0, 0, 0, 8, 1, 2, 4});
+  }
+  layout.transposed_weight = random.below(2) == 0;
+  return layout;
+}
+
+/// Every pass, dtype, and width, at random batches.
+void test_random(Random& random, int trials) {
+  for (int trial = 0; trial < trials; ++trial) {
+    const auto size = [&] {
+      return random.one_of(
+          {8 + 8 * random.below(8), 16 << random.below(3), 4 + 4 * random.below(16), 1 + random.below(64)}
+      );
+    };
+    const int64_t batch = 2 + random.below(random.one_of({20, 100, 300}));
+    const Sizes sizes{
+        static_cast<Pass>(random.below(3)), batch, 1 + random.below(6), size(), size(), random.below(2) == 0
+    };
+    // Half of the time as tensors usually are.
+    const Layout layout = random.below(2) == 0 ? Layout() : random_layout(random);
+    emulated::machine().processors = static_cast<int>(random.one_of({1, 2, 5, 20}));
+    const bool with_nan = random.below(4) == 0;
+    random.below(2) == 0 ? test<c10::Half>(sizes, layout, random, with_nan)
+                         : test<c10::BFloat16>(sizes, layout, random, with_nan);
+  }
+}
+
+/// Batches that are split into parts, which a second kernel adds up.
+void test_parts(Random& random) {
+  emulated::machine().processors = 5;
+  for (const auto& [in_block, out_block, num_blocks] : {std::array{16, 16, 3}, {64, 64, 2}, {40, 7, 1}, {16, 32, 4}}) {
+    const int64_t batch = 4096 + random.below(100);
+    const auto launches = emulated::machine().launches;
+    test<c10::Half>({Pass::weight_grad, batch, num_blocks, in_block, out_block, true}, {}, random);
+    if (emulated::machine().launches != launches + 4) {
+      fail("a long batch is split");
+    }
+  }
+}
+
+void test_what_is_not_taken() {
+  const Gemm forward{
+      .m = 32, .n = 99, .k = 16, .batch = 2, .a = {true, 16, 512}, .b = {false, 32, 16}, .c = {false, 64, 32}
+  };
+  const Gemm sum{
+      .m = 32, .n = 16, .k = 99, .batch = 2, .a = {false, 64, 32}, .b = {true, 32, 16}, .c = {false, 32, 512}
+  };
+  uint16_t something = 0;
+  const auto taken =
+      [&](const Gemm& gemm, c10::ScalarType dtype = c10::kHalf, void* bias = nullptr, void* grad = nullptr) {
+        return blockdiag::cuda::run_small_blocks(gemm, dtype, nullptr, nullptr, bias, nullptr, grad);
+      };
+  const auto changed = [](Gemm gemm, const std::function<void(Gemm&)>& change) {
+    change(gemm);
+    return gemm;
+  };
+  const bool any =
+      taken(forward, c10::kFloat) || taken(sum, c10::kDouble) || taken(forward, c10::kHalf, nullptr, &something) ||
+      taken(sum, c10::kHalf, &something) || taken(changed(forward, [](Gemm& gemm) { gemm.m = 65; })) ||
+      taken(changed(forward, [](Gemm& gemm) { gemm.k = 65; })) ||
+      taken(changed(sum, [](Gemm& gemm) { gemm.n = 65; })) || taken(changed(sum, [](Gemm& gemm) { gemm.m = 65; })) ||
+      taken(changed(forward, [](Gemm& gemm) { gemm.b.transpose = true; })) ||
+      taken(changed(sum, [](Gemm& gemm) { gemm.a.transpose = true; })) ||
+      taken(changed(sum, [](Gemm& gemm) { gemm.batch = int64_t{1} << 31; }));
+  emulated::machine().major = 7;
+  if (any || taken(forward) || taken(sum)) {
+    fail("what the kernels cannot do is left alone");
+  }
+  emulated::machine().major = 9;
+}
+
+void print_traffic() {
+  auto& machine = emulated::machine();
+  machine.processors = 132;
+  machine.count_traffic = true;
+  Random random;
+  const char* const names[] = {"forward", "input grad", "weight grad"};
+  std::puts(
+      "B, G, K->N         pass         launches | read: per instr., per block, least (sectors) | written: the same | "
+      "bytes per warp's read | shared: passes, least"
+  );
+  for (const auto& [batch, num_blocks, in_block, out_block] :
+       {std::array{128, 32, 32, 32},
+        {2048, 32, 32, 32},
+        {128, 16, 64, 64},
+        {2048, 16, 16, 16},
+        {128, 1024, 16, 16},
+        {2048, 2, 64, 64},
+        {128, 16, 64, 10},
+        {128, 16, 48, 24}}) {
+    for (const auto pass : {Pass::forward, Pass::input_grad, Pass::weight_grad}) {
+      machine.launches = 0;
+      machine.reads = {};
+      machine.writes = {};
+      machine.shared = {};
+      test<c10::BFloat16>({pass, batch, num_blocks, in_block, out_block, true}, {}, random);
+      const auto print = [](const emulated::Traffic& traffic) {
+        std::printf(
+            "%8ld %8ld %8ld |",
+            static_cast<long>(traffic.sectors / 2),
+            static_cast<long>(traffic.of_blocks / 2),
+            static_cast<long>(traffic.touched.size())
+        );
+      };
+      std::printf(
+          "%5d %4d %2d->%2d %-12s %2ld |",
+          batch,
+          num_blocks,
+          in_block,
+          out_block,
+          names[static_cast<int>(pass)],
+          static_cast<long>(machine.launches / 2)
+      );
+      print(machine.reads);
+      print(machine.writes);
+      std::printf(
+          " %5.1f |",
+          32.0 * static_cast<double>(machine.reads.sectors) / static_cast<double>(machine.reads.instructions)
+      );
+      std::printf(
+          " %ld %ld\n", static_cast<long>(machine.shared.passes / 2), static_cast<long>(machine.shared.least / 2)
+      );
+      std::fflush(stdout);
+    }
+  }
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "traffic") {
+    print_traffic();
+    return 0;
+  }
+  Random random;
+  test_what_is_not_taken();
+  test_parts(random);
+  test_random(random, argc > 1 ? std::atoi(argv[1]) : 1000);
+  std::puts("all passed");
+}
