@@ -25,9 +25,10 @@ def preferred_cuda_gemm(name: str | None = None) -> str:
     """Sets, if a name is given, which library computes on GPUs in this process, and returns it.
 
     Args:
-        name: ``"cublas"``, or ``"cublaslt"``, which adds the bias in the product's kernel and leaves to cuBLAS what it
-            has no algorithm for. At first it is what the environment variable BLOCKDIAG_CUDA_GEMM says, or
-            ``"cublas"``.
+        name: ``"cublas"``; ``"cublaslt"``, which adds the bias in the product's kernel and leaves to cuBLAS what it
+            has no algorithm for; or ``"small_blocks"``, kernels of our own for blocks of up to 64 -> 64 features in
+            float16 and bfloat16, which leave all else to cuBLASLt. At first it is what the environment variable
+            BLOCKDIAG_CUDA_GEMM says, or ``"cublas"``.
 
     Raises:
         ValueError: there is no such library.
@@ -49,8 +50,8 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
     and in deterministic mode if it differs between two runs. While a CUDA graph is captured nothing is measured: call
     the model once before.
 
-    It concerns ``preferred_cuda_gemm("cublaslt")`` alone, and changes nothing without CUDA. The environment variable
-    ``BLOCKDIAG_TUNE=path`` does the same from import to exit.
+    It concerns what ``preferred_cuda_gemm`` lets cuBLASLt compute, and changes nothing without CUDA. The environment
+    variable ``BLOCKDIAG_TUNE=path`` does the same from import to exit.
 
     Args:
         path: where choices are kept, as JSON. Those in it that were made on this GPU with these versions of torch and

@@ -62,7 +62,7 @@ class TestBuild:
     def test_reports_cublas(self):
         assert blockdiag.build_info()["cublas"].startswith("built with ")
 
-    @pytest.mark.parametrize("gemm", ["", "cublas", "cublaslt", "fastest"])
+    @pytest.mark.parametrize("gemm", ["", "cublas", "cublaslt", "small_blocks", "fastest"])
     def test_choice_of_gemm(self, gemm):
         # Also where the variable is set for all tests.
         environment = {name: value for name, value in os.environ.items() if name != "BLOCKDIAG_CUDA_GEMM"}
@@ -70,7 +70,10 @@ class TestBuild:
         command = [sys.executable, "-c", "import blockdiag; print(blockdiag.build_info()['cuda_gemm'])"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         if gemm == "fastest":
-            assert 'expected BLOCKDIAG_CUDA_GEMM to be one of [cublas, cublaslt], but got "fastest"' in result.stderr
+            assert (
+                'expected BLOCKDIAG_CUDA_GEMM to be one of [cublas, cublaslt, small_blocks], but got "fastest"'
+                in result.stderr
+            )
         else:
             assert result.stdout.strip() == (gemm or "cublas"), result.stderr
 
@@ -91,10 +94,10 @@ print(blockdiag.build_info()["cublaslt"])
 """
 
 
-@pytest.fixture(params=["cublas", "cublaslt", "tuned"])
+@pytest.fixture(params=["cublas", "cublaslt", "tuned", "small_blocks"])
 def gemm(request):
     """Each way to compute on a GPU, in turn."""
-    before = blockdiag.preferred_cuda_gemm("cublas" if request.param == "cublas" else "cublaslt")
+    before = blockdiag.preferred_cuda_gemm("cublaslt" if request.param == "tuned" else request.param)
     with blockdiag.tune() if request.param == "tuned" else nullcontext():
         yield request.param
     blockdiag.preferred_cuda_gemm(before)

@@ -53,6 +53,10 @@ def test_calls(library):
     run_on_fake("tests/fake_cuda/check_host.py", "tests/fake_cuda/check_epilogues.py", BLOCKDIAG_CUDA_GEMM=library)
 
 
+def test_tuning():
+    run_on_fake("tests/fake_cuda/check_tuning.py")
+
+
 @pytest.mark.parametrize("library", ["cublas", "cublaslt"])
 def test_values(library):
     """All tests that run on a GPU, and with cuBLASLt those of the op."""

@@ -61,7 +61,7 @@ class TestPreferredLibrary:
         try:
             assert blockdiag.preferred_cuda_gemm("cublaslt") == "cublaslt"
             assert blockdiag.build_info()["cuda_gemm"] == blockdiag.preferred_cuda_gemm() == "cublaslt"
-            with pytest.raises(ValueError, match=r'to be one of \[cublas, cublaslt\], but got "fast"'):
+            with pytest.raises(ValueError, match=r'to be one of \[cublas, cublaslt, small_blocks\], but got "fast"'):
                 blockdiag.preferred_cuda_gemm("fast")
             assert blockdiag.preferred_cuda_gemm() == "cublaslt"
         finally:

@@ -54,7 +54,7 @@ bool may_fuse_bias_grad([[maybe_unused]] const at::Tensor& grad_output, [[maybe_
        DispatchKey::FuncTorchBatched,
        DispatchKey::FuncTorchGradWrapper}
   );
-  return grad_output.is_cuda() && cuda::may_fuse_bias_grad() &&
+  return grad_output.is_cuda() && cuda::may_fuse_bias_grad(grad_output.scalar_type()) &&
          !(grad_output.key_set() | input.key_set()).has_any(wrapped);
 #else
   return false;

@@ -145,7 +145,7 @@ void run_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const void
 
 namespace {
 
-constexpr std::array kLibraryNames = {"cublas", "cublaslt"}; // in the order of Library
+constexpr std::array kLibraryNames = {"cublas", "cublaslt", "small_blocks"}; // in the order of Library
 
 Library library_named(const std::string& name, const char* what) {
   const auto found = std::find(kLibraryNames.begin(), kLibraryNames.end(), name);

@@ -25,14 +25,14 @@ bool run_lt_weight_bias_grad(
     const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, void* bias_grad
 );
 
-/// Whether run_lt_weight_bias_grad may compute anything. Not in deterministic mode: how its kernels sum is not documented.
-bool may_fuse_bias_grad();
+/// Whether one kernel may compute the gradients of weight and bias.
+bool may_fuse_bias_grad(c10::ScalarType dtype);
 
 /// How often cuBLASLt was called, in words.
 std::string lt_calls();
 
-/// What computes; cuBLAS does what another cannot.
-enum class Library { kCublas, kCublasLt };
+/// What computes: each what it can, and the one before it the rest. The last is of our own.
+enum class Library { kCublas, kCublasLt, kSmallBlocks };
 Library preferred_library();
 
 /// Sets the library by name, if one is given, for the whole process, and returns the name. At first it is what

@@ -1,6 +1,7 @@
 #include "../bias_grad.h"
 #include "../pass.h"
 #include "gemm.h"
+#include "small_blocks.h"
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -12,10 +13,14 @@ namespace {
 
 void run_gemm(const Pass& pass, const at::Tensor& result) {
   const bool has_bias = pass.bias.defined();
-  if (cuda::preferred_library() == cuda::Library::kCublasLt) {
+  if (const auto library = cuda::preferred_library(); library != cuda::Library::kCublas) {
+    const auto dtype = result.scalar_type();
     const void* bias = has_bias ? pass.bias.const_data_ptr() : nullptr;
     const void *a = pass.a.const_data_ptr(), *b = pass.b.const_data_ptr();
-    if (cuda::run_lt_gemm(pass.gemm, result.scalar_type(), a, b, bias, result.mutable_data_ptr())) {
+    void* c = result.mutable_data_ptr();
+    if ((library == cuda::Library::kSmallBlocks &&
+         cuda::run_small_blocks(pass.gemm, dtype, a, b, bias, c, /*bias_grad=*/nullptr)) ||
+        cuda::run_lt_gemm(pass.gemm, dtype, a, b, bias, c)) {
       return;
     }
   }
@@ -69,12 +74,15 @@ std::tuple<at::Tensor, at::Tensor> weight_and_bias_grad(
   const c10::cuda::CUDAGuard guard(grad_output.device());
   const auto pass = linear_weight_grad_pass(grad_output, input, weight_sizes);
   const Gemm& gemm = pass.gemm;
-  if (cuda::may_fuse_bias_grad() && gemm.m != 0 && gemm.n != 0 && gemm.k != 0 && gemm.batch != 0) {
+  const auto dtype = grad_output.scalar_type();
+  if (cuda::may_fuse_bias_grad(dtype) && gemm.m != 0 && gemm.n != 0 && gemm.k != 0 && gemm.batch != 0) {
     auto weight_grad = at::empty(pass.result_sizes, pass.a.options());
     auto bias_grad = at::empty({gemm.batch, gemm.n}, pass.a.options());
     const void *a = pass.a.const_data_ptr(), *b = pass.b.const_data_ptr();
     void *c = weight_grad.mutable_data_ptr(), *sum = bias_grad.mutable_data_ptr();
-    if (cuda::run_lt_weight_bias_grad(gemm, weight_grad.scalar_type(), a, b, c, sum)) {
+    if ((cuda::preferred_library() == cuda::Library::kSmallBlocks &&
+         cuda::run_small_blocks(gemm, dtype, a, b, /*bias=*/nullptr, c, sum)) ||
+        cuda::run_lt_weight_bias_grad(gemm, dtype, a, b, c, sum)) {
       return {std::move(weight_grad), std::move(bias_grad)};
     }
   }

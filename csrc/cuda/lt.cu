@@ -116,14 +116,21 @@ bool run_lt_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const v
 bool run_lt_weight_bias_grad(
     const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, void* bias_grad
 ) {
+  if (tuning().used == 0 || at::globalContext().deterministicAlgorithms()) {
+    return false; // it is not known to be faster, or not known to be reproducible
+  }
   const bool done = run(gemm, dtype, Epilogue::kBiasGrad, {a, b, c, bias_grad});
   calls += done;
   return done;
 }
 
-bool may_fuse_bias_grad() {
-  return preferred_library() == Library::kCublasLt && tuning().used > 0 &&
-         !at::globalContext().deterministicAlgorithms();
+bool may_fuse_bias_grad(c10::ScalarType dtype) {
+  const auto library = preferred_library();
+  if (library == Library::kSmallBlocks && (dtype == c10::kHalf || dtype == c10::kBFloat16)) {
+    return true;
+  }
+  // How cuBLASLt's epilogue sums is not documented.
+  return library != Library::kCublas && tuning().used > 0 && !at::globalContext().deterministicAlgorithms();
 }
 
 std::string lt_calls() {

@@ -1,4 +1,4 @@
-"""Tuning on a fake device, where a test says how long each of cuBLASLt's algorithms takes: run by tests/test_cuda_host.py.
+"""Tuning on a fake device, where a test says how long cuBLASLt's algorithms take. Run by tests/test_fake_device.py.
 
 The fake's heuristic recommends algorithms 21, 31 and 66, in this order, of 10 microseconds each.
 """
@@ -35,7 +35,9 @@ def algorithms(function) -> list[str]:
     fake.clear()
     function()
     products = [re.search(r"epilogue=(\d) algo=(\d+)", entry) for entry in fake.log()]
-    names = [found[2] + " +-b"[int(found[1])] if found else name for found, name in zip(products, fake.log(), strict=True)]
+    names = [
+        found[2] + " +-b"[int(found[1])] if found else name for found, name in zip(products, fake.log(), strict=True)
+    ]
     return [name.strip() for name in names if not name.startswith(("cudaMalloc", "cudaStreamSynchronize"))]
 
 
