@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+KERNELS = [ROOT / "csrc" / "cuda" / "small_blocks.cu", HERE.parent / "cpp" / "emulated_cuda.h"]
 IMPORTERS = [
     "torch_cuda",
     "c10_cuda",
@@ -64,7 +66,7 @@ def _include_folders() -> list[Path]:
 
 def _imported() -> set[str]:
     libraries = [_folder("torch") / "lib" / f"lib{name}.so" for name in IMPORTERS]
-    libraries += (HERE.parents[1] / "blockdiag").glob("_C*.so")
+    libraries += (ROOT / "blockdiag").glob("_C*.so")
     command = ["nm", "-D", "--undefined-only", *(str(path) for path in libraries if path.exists())]
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return set(re.findall(r" U ((?:__cuda|cuda|cublas|cu[A-Z])\w+)", symbols))
@@ -72,9 +74,20 @@ def _imported() -> set[str]:
 
 def _compile(source: Path, folder: Path) -> Path:
     target = folder / f"{source.stem}.o"
-    flags = ["-std=c++20", "-O2", "-march=native", "-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    includes = [f"-isystem{path}" for path in _include_folders()]
-    subprocess.run(["g++", *flags, *includes, f"-I{HERE}", "-c", str(source), "-o", str(target)], check=True)
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-march=native",
+        "-fopenmp-simd",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+    ]
+    includes = [f"-isystem{path}" for path in [*_include_folders(), _folder("torch") / "include"]]
+    includes += [f"-I{path}" for path in (HERE, HERE.parent / "cpp", ROOT / "csrc")]
+    subprocess.run(["g++", *flags, *includes, "-c", str(source), "-o", str(target)], check=True)
     return target
 
 
@@ -104,10 +117,10 @@ def _build(target: Path) -> None:
 def library() -> Path:
     """The fake, compiled if its sources, or what imports it, changed."""
     digest = hashlib.sha256()
-    for source in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h"), Path(__file__)]):
+    for source in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h"), Path(__file__), *KERNELS]):
         digest.update(source.read_bytes())
     digest.update("\n".join(sorted(_imported())).encode())
-    target = HERE.parents[1] / "build" / f"fake_cuda-{digest.hexdigest()[:16]}" / "libfake_cuda.so"
+    target = ROOT / "build" / f"fake_cuda-{digest.hexdigest()[:16]}" / "libfake_cuda.so"
     if not target.exists():
         _build(target)
     return target

@@ -1,0 +1,65 @@
+// blockdiag's own kernels, run on the CPU by tests/cpp/emulated_cuda.h: this library's run_small_blocks is found before that
+// of blockdiag._C.
+//
+// They are run at once. Where work has to wait, in a capture or with the option `lazy`, they do not apply, and blockdiag
+// takes another library.
+#include "streams.h"
+
+// CUDA's headers, for the runtime's types, have these for a host compiler too.
+#undef __device__
+#undef __host__
+#undef __global__
+#undef __forceinline__
+#undef __launch_bounds__
+#include "emulated_cuda.h"
+
+#define run_small_blocks emulated_small_blocks
+#include "cuda/small_blocks.cu"
+#undef run_small_blocks
+
+namespace blockdiag::cuda {
+
+__attribute__((visibility("default"))) bool run_small_blocks(
+    const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, const void* bias, void* c, void* bias_grad
+) {
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  {
+    const std::lock_guard state_lock(fake::state().mutex);
+    if (fake::option("lazy") != 0 || fake::option("dry") != 0 || !fake::state().captures.empty()) {
+      return false;
+    }
+  }
+  const auto add = [&](const void* begin, int64_t elements, bool writable) {
+    if (begin != nullptr) {
+      const auto address = reinterpret_cast<uintptr_t>(begin);
+      fake::check_range("small blocks", address, address + elements * 2, fake::current_device());
+      emulated::machine().regions.push_back(
+          {static_cast<const char*>(begin), static_cast<size_t>(elements) * 2, writable, {}}
+      );
+    }
+  };
+  const auto add_matrix = [&](const void* begin, int64_t rows, int64_t cols, const Operand& operand, bool writable) {
+    if (operand.transpose) {
+      std::swap(rows, cols);
+    }
+    add(begin, (gemm.batch - 1) * operand.stride + (cols - 1) * operand.ld + rows, writable);
+  };
+  constexpr int64_t kMaxBatch = 4096; // more take too long here
+  if ((dtype != c10::kHalf && dtype != c10::kBFloat16) || gemm.batch > kMaxBatch) {
+    return false;
+  }
+  add_matrix(a, gemm.m, gemm.k, gemm.a, false);
+  add_matrix(b, gemm.k, gemm.n, gemm.b, false);
+  add_matrix(c, gemm.m, gemm.n, gemm.c, true);
+  add(bias, gemm.batch * gemm.m, false);
+  add(bias_grad, gemm.batch * gemm.n, true);
+  const bool applies = emulated_small_blocks(gemm, dtype, a, b, bias, c, bias_grad);
+  emulated::machine().regions.clear();
+  if (applies) {
+    fake::log("run_small_blocks bias_grad=" + std::to_string(bias_grad != nullptr));
+  }
+  return applies;
+}
+
+} // namespace blockdiag::cuda
