@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--plots needs matplotlib: pip install matplotlib")
     try:
         if arguments.goals:
-            text, met = goals.report(case for path in arguments.goals for case in runs.load(path)["cases"])
+            text, met = goals.report([runs.load(path) for path in arguments.goals])
             print(text)
             return 0 if met else 1
         old = runs.load(arguments.compare) if arguments.compare else None

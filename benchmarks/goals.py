@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from benchmarks.contestants import CUDA_VARIANTS
 from benchmarks.report import aligned
-from benchmarks.runs import Case, best_other, median_us, problem_of, speedup, times_of
+from benchmarks.runs import Case, Content, best_other, median_us, problem_of, speedup, times_of
 from benchmarks.timing import PRECISIONS
 
 WORKSPACE_BYTES = 32 << 20
@@ -133,7 +133,7 @@ def _rows(cases: list[Case], name: str) -> Iterable[list[str]]:
                 values.setdefault((case["pass"], case["mode"]), []).append((case, value))
         if not values:
             yield [goal, "", "", "not measured", "", "", "", "", ""]
-        for (which, mode), of_setting in values.items():
+        for (which, mode), of_setting in sorted(values.items()):
             met = sum(value.reached >= value.goal for _, value in of_setting)
             case, worst = min(of_setting, key=lambda pair: pair[1].reached / pair[1].goal)
             off = f"{100 * (worst.reached / worst.goal - 1):+.0f} %"
@@ -142,9 +142,16 @@ def _rows(cases: list[Case], name: str) -> Iterable[list[str]]:
             yield [goal, which, mode, verdict, *numbers, _where(case, worst)]
 
 
-def report(all_cases: Iterable[Case]) -> tuple[str, bool]:
-    """A table for each variant of ours, and whether the default one met every goal that was measured."""
-    cases = list(all_cases)
+def report(contents: list[Content]) -> tuple[str, bool]:
+    """A table for each variant of ours, and whether the default one met every goal that was measured.
+
+    Raises:
+        ValueError: the results are not of one kind of GPU.
+    """
+    devices = {content["environment"].get("GPUs", "none") for content in contents}
+    if len(devices) > 1 or "none" in devices:
+        raise ValueError(f"the goals are of one GPU, but the results are of: {', '.join(sorted(devices))}")
+    cases = [case for content in contents for case in content["cases"]]
     texts, met = [], True
     for name in ("ours", *CUDA_VARIANTS):
         of_name = [case for case in cases if name in times_of(case)]

@@ -20,9 +20,13 @@ def make(problem, *, which="fwd", mode="eager", floor_us=1.0, peak_bytes=0, **co
     return {**setting, **case, "contestants": entries}
 
 
+def made_up(cases, gpu="NVIDIA H100"):
+    return {"environment": {"GPUs": gpu}, "settings": {}, "ceilings": [], "cases": cases, "left_out": []}
+
+
 def lines_of(cases, goal, name="ours"):
     """The rows of a goal in the table of a variant, their words joined by single spaces."""
-    text, met = goals.report(cases)
+    text, met = goals.report([made_up(cases)])
     part = next(part for part in text.split("\n\n") if part.startswith(f"{name}: "))
     return [" ".join(line.split())[len(goal) + 1 :] for line in part.splitlines() if line.startswith(goal)], met
 
@@ -162,22 +166,23 @@ def test_variants_have_tables_of_their_own():
     case = make((128, 16, 64, 64), ours=20, ours_small=1, loop=30, bmm=10, **ENSEMBLE)
     assert "bmm" in lines_of([case], "(a) the fastest")[0][0]
     assert lines_of([case], "(a) the fastest", "ours_small")[0][0].startswith("fwd eager met 1/1 10 ")
-    assert "ours_lt" not in goals.report([case])[0]
+    assert "ours_lt" not in goals.report([made_up([case])])[0]
 
 
 def test_command(tmp_path, capsys):
     """Several results are held against the goals together; the exit status is that of the default."""
 
-    def write(name, **contestants):
-        path = tmp_path / name
+    def write(name, gpu="NVIDIA H100", **contestants):
         case = make((2560, 12, 1024, 3072), suite="recommender", precision="bfloat16", **contestants)
-        path.write_text(
-            json.dumps({"environment": {}, "settings": {}, "ceilings": [], "cases": [case], "left_out": []})
-        )
-        return str(path)
+        (tmp_path / name).write_text(json.dumps(made_up([case], gpu)))
+        return str(tmp_path / name)
 
     good = write("good.json", ours=5, loop=10, ours_lt=50)
     assert command.main(["--goals", good]) == 0
     assert "ours: 1 cases" in capsys.readouterr().out
     assert command.main(["--goals", good, write("bad.json", ours=5, loop=6)]) == 1
-    assert "MISSED     1/2" in capsys.readouterr().out
+    assert "1/2" in capsys.readouterr().out
+    for other in ("NVIDIA A100", "none"):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(["--goals", good, write("other.json", gpu=other, ours=5, loop=10)])
+        assert "the goals are of one GPU" in capsys.readouterr().err
