@@ -54,7 +54,7 @@ def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     size = MATRIX_SIZE[device.type]
     # Small matrices first: torch's product of halves takes a minute on some CPUs, and is not the ceiling then.
     hints = [_best_seconds(function, device) for function in products(size // 8)]
-    contenders = [function for function, hint in zip(products(size), hints, strict=True) if hint < 4 * min(hints)]
+    contenders = [function for function, hint in zip(products(size), hints, strict=True) if hint <= 4 * min(hints)]
     return 2 * size**3 / min(_best_seconds(function, device) for function in contenders)
 
 

@@ -32,6 +32,7 @@ out=$(realpath "$1")
 root=$(realpath "$(dirname "$0")/..")
 BLOCKDIAG_COMMIT=${BLOCKDIAG_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)}
 export BLOCKDIAG_COMMIT FAIL_WITHOUT_CUDA=1 FAIL_WITHOUT_CUDA_BUILD=1
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 # Nothing that a user set is to choose for the tests.
 unset BLOCKDIAG_CUDA_GEMM BLOCKDIAG_TUNE
 
@@ -39,7 +40,7 @@ work=${TMPDIR:-/tmp}/blockdiag-gpu-check-$UID
 mkdir -p "$work"
 find "$work" -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 (cd "$root" &&
-  tar -cf - VERSION README.md LICENSE CMakeLists.txt setup.py pyproject.toml csrc blockdiag tests benchmarks scripts) |
+  tar -cf - VERSION README.md LICENSE CMakeLists.txt setup.py pyproject.toml csrc blockdiag tests benchmarks) |
   tar -xf - -C "$work"
 cd "$work" || exit 1
 rm -f blockdiag/_C*
@@ -86,7 +87,7 @@ sanitizer() { # LIMIT TOOL OPTION...
   # Tensors side by side in torch's cache would hide reads beyond one of them; calls that torch makes to find out what a
   # driver supports fail as they should.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" sanitizer.log "$2" "$tool" --tool "$2" --error-exitcode 9 \
-    --report-api-errors no "${@:3}" python3 scripts/gpu_subset.py
+    --report-api-errors no "${@:3}" python3 tests/gpu_subset.py
 }
 
 all_tests() { # together 265 s

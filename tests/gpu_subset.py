@@ -1,18 +1,12 @@
 """A few layers forward and backward on a GPU by each library, compared with the reference: what compute-sanitizer runs.
 
 Blocks that fill no tile, one block, one row and a bias that starts where no vector does; few and small, as each kernel
-runs many times slower there.
+runs many times slower there. Run: PYTHONPATH=. python tests/gpu_subset.py
 """
-
-import sys
-from pathlib import Path
 
 import torch
 
 import blockdiag
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 from reference import Problem, check, make
 
 PROBLEMS = [
