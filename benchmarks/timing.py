@@ -163,20 +163,29 @@ def _make_step(
     return step_backward if backward else step_forward
 
 
+class _Replay(NamedTuple):
+    """Replays a graph, and keeps alive what it reads: the operands, which the captured function holds."""
+
+    graph: torch.cuda.CUDAGraph
+    captured: Step
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def _capture(step: Step, copies: int) -> tuple[Step, Any]:
     """A function that replays one run of `step` on each copy of the operands, as one CUDA graph; the last's results."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
+        step()  # for what each stream has its own of, as cuBLAS's workspace
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(copies):
             results = step()
     graph.replay()
-    return graph.replay, results
+    return _Replay(graph, step), results
 
 
 class FirstRun(NamedTuple):

@@ -102,6 +102,7 @@ all_tests() { # together 265 s
 
 time_it() { # LIMIT MINUTES NAME ARGUMENT...: INT is Ctrl-C, what was measured until then is kept
   step "$1" timing.log "$3" python3 -m benchmarks --device cuda --rounds 7 --max-minutes "$2" --output "$out/$3.json" "${@:4}"
+  [ -s "$out/$3.json" ] || rm -f "$out/$3.json" # killed before it could write
 }
 
 halves=amp-float16,float16,bfloat16,amp-bfloat16
@@ -109,7 +110,7 @@ of_published=(dense masked_dense ours_lt ours_tuned ours_small)
 case $part in
 all | tests) all_tests ;;&
 all)
-  time_it 120 1.7 goals --suites recommender:bfloat16 overhead:float16,amp-float16 quick:amp-float16 ensemble:amp-float16
+  time_it 120 1.7 core --suites recommender:bfloat16 overhead:float16,amp-float16 quick:amp-float16 ensemble:amp-float16
   time_it 35 0.35 published --suites partitioned:amp-float16 --contestants "${of_published[@]}"
   ;;
 ensemble) time_it 420 6.7 ensemble --suites ensemble:$halves ;;

@@ -99,6 +99,16 @@ def test_measure(backward, precision, device):
             assert entry["peak_bytes"] >= 6 * 3 * 16 * PRECISIONS[precision].result.itemsize
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("setting", [{"mode": "graph"}, {"host": True}], ids=lambda setting: next(iter(setting)))
+def test_measure_on_cuda(setting, backward, cuda):
+    names = ["ours", "loop", "dense", "einsum", "bmm_out"]
+    measured = measure(
+        names, SQUARE, PRECISIONS["amp-float16"], torch.device(cuda), backward=backward, rounds=3, **setting
+    )
+    assert {name: len(entry.get("times_us", [])) for name, entry in measured.items()} == dict.fromkeys(names, 3)
+
+
 def off_by_a_little(weight, bias):
     return lambda x, weight, bias: blockdiag.linear(x, weight, bias * 1.001), [weight, bias]
 

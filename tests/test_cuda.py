@@ -65,7 +65,9 @@ class TestBuild:
 
     @pytest.mark.parametrize("gemm", ["", "cublas", "cublaslt", "fastest"])
     def test_choice_of_gemm(self, gemm):
-        environment = {**os.environ, "BLOCKDIAG_CUDA_GEMM": gemm} if gemm else os.environ
+        environment = {name: value for name, value in os.environ.items() if name != "BLOCKDIAG_CUDA_GEMM"}
+        if gemm:
+            environment["BLOCKDIAG_CUDA_GEMM"] = gemm
         command = [sys.executable, "-c", "import blockdiag; print(blockdiag.build_info()['cuda_gemm'])"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         if gemm == "fastest":
