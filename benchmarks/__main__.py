@@ -27,6 +27,7 @@ from blockdiag.__main__ import report as blockdiag_report
 
 MODES = ("eager", "compiled", "graph")
 PASSES = ("fwd", "fwd+bwd")
+SAVE_SECONDS = 20.0  # after which what is measured is written, in case that the process is killed
 
 
 class Plan(NamedTuple):
@@ -153,7 +154,7 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
     ceilings = {}
     threads_before = torch.get_num_threads()
     cudnn_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # as for products
-    began = time.perf_counter()
+    began = saved = time.perf_counter()
     progress = tqdm(plans, unit="case")
     try:
         for plan in progress:
@@ -186,6 +187,9 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
             floor = floor_us(plan.problem, precision, backward, ceilings[key])
             case = {**plan.as_json(), "floor_us": float(f"{floor:.4g}"), "contestants": measured}
             content["cases"].append(case)
+            if arguments.output and time.perf_counter() - saved > SAVE_SECONDS:
+                runs.save(content, arguments.output)
+                saved = time.perf_counter()
     except KeyboardInterrupt:
         return False
     finally:

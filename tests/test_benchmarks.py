@@ -421,6 +421,14 @@ def test_interrupted_runs_keep_their_results(tiny, tmp_path, monkeypatch):
     assert len(runs.load(path)["cases"]) == 2
 
 
+def test_results_are_written_while_measuring(tiny, tmp_path, monkeypatch):
+    path, written = tmp_path / "run.json", []
+    monkeypatch.setattr(command, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(runs, "save", lambda content, path: written.append(len(content["cases"])))
+    assert tiny(path, "--contestants", "loop", "--passes", "fwd") == 0
+    assert written == [1, 2, 2]
+
+
 def test_cases_beyond_the_time_limit_are_named(tiny, tmp_path):
     path = tmp_path / "run.json"
     assert tiny(path, "--max-minutes", "1e-9") == 0
