@@ -1,6 +1,7 @@
 """Times the ways to write a block-diagonal linear layer, and writes all numbers with the environment as JSON.
 
-Every contestant is checked against float64 before it is timed; then they run in turn, round by round.
+Every contestant is checked against float64 before it is timed; then they run in turn, round by round. --show shows an
+older result, or that part of it that --suites, --precisions, --passes and --modes name.
 """
 
 import argparse
@@ -16,16 +17,17 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks import report, runs
+from benchmarks import goals, report, runs
 from benchmarks.ceilings import floor_us, measure_ceiling
 from benchmarks.compare import compare, differences
-from benchmarks.contestants import COMPILED, CONTESTANTS
+from benchmarks.contestants import COMPILED, CONTESTANTS, CUDA_VARIANTS
 from benchmarks.suites import Problem, Suite, make_suites
 from benchmarks.timing import PRECISIONS, measure
 from blockdiag.__main__ import report as blockdiag_report
 
 MODES = ("eager", "compiled", "graph")
 PASSES = ("fwd", "fwd+bwd")
+SAVE_SECONDS = 20.0  # after which what is measured is written, in case that the process is killed
 
 
 class Plan(NamedTuple):
@@ -54,17 +56,31 @@ def _positive(number: type):
     return convert
 
 
+def _suite(text: str) -> tuple[str, list[str]]:
+    """ "NAME" or "NAME:PRECISION,..." as the name, and the precisions, or none."""
+    name, _, precisions = text.partition(":")
+    chosen = precisions.split(",") if precisions else []
+    known = make_suites("cpu")
+    for word, words in ((name, known), *((precision, PRECISIONS) for precision in chosen)):
+        if word not in words:
+            raise argparse.ArgumentTypeError(f"invalid choice: {word!r} (choose from {', '.join(words)})")
+    return name, chosen
+
+
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
     cuda = torch.cuda.is_available()
-    add("--suites", nargs="+", choices=make_suites("cpu"), default=["quick"], help="problems (default: quick)")
+    suites = (
+        f"problems: {', '.join(make_suites('cpu'))} (default: quick); ensemble:float16,bfloat16 in these precisions"
+    )
+    add("--suites", nargs="+", type=_suite, metavar="SUITE", help=suites)
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="default: %(default)s")
-    precisions = ["float32", "bfloat16", "float16"]
-    add("--precisions", nargs="+", choices=PRECISIONS, default=precisions, help="default: all but the amp ones")
-    add("--passes", nargs="+", choices=PASSES, default=PASSES, help="default: both")
+    add("--precisions", nargs="+", choices=PRECISIONS, help="default: all but the amp ones")
+    add("--passes", nargs="+", choices=PASSES, help="default: both")
     add("--modes", nargs="+", choices=MODES, help="default: eager, and on a GPU graph (CUDA graphs)")
-    add("--contestants", nargs="+", choices=CONTESTANTS, help="beside ours and the loop (default: the suite's)")
+    names = [*CONTESTANTS, *CUDA_VARIANTS]
+    add("--contestants", nargs="+", choices=names, help="beside ours and the loop (default: the suite's)")
     add("--threads", nargs="+", type=_positive(int), default=[torch.get_num_threads()], help="default: %(default)s")
     add("--rounds", type=_positive(int), default=15, help="timed rounds of each case (default: %(default)s)")
     add("--max-minutes", type=_positive(float), metavar="M", help="no case is started after that")
@@ -72,16 +88,22 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     add("--plots", type=Path, metavar="DIR", nargs="?", const=Path(), help="plot; DIR defaults to that of the JSON")
     add("--compare", type=Path, metavar="OLD", help="an older JSON: exit with 1 if ours is slower beyond the spread")
     add("--show", type=Path, metavar="JSON", help="measure nothing, show this")
+    goals_help = "measure nothing, hold these together against the goals on a GPU: exit with 1 if ours misses one"
+    add("--goals", type=Path, metavar="JSON", nargs="+", help=goals_help)
     add("--markdown", action="store_true", help="print Markdown tables, and nothing else, to standard output")
     arguments = parser.parse_args(argv)
-    if arguments.show and arguments.output:
-        parser.error("--show measures nothing, so there is no --output to write")
-    if arguments.device == "cuda" and not cuda and not arguments.show:
-        parser.error("--device cuda, but torch finds no GPU")
-    if arguments.modes is None:
-        arguments.modes = ["eager", "graph"] if arguments.device == "cuda" else ["eager"]
-    if "graph" in arguments.modes and arguments.device != "cuda":
-        parser.error("--modes graph needs --device cuda")
+    if arguments.goals or arguments.show:
+        if arguments.output:
+            parser.error("--show and --goals measure nothing, so there is no --output to write")
+    else:
+        if arguments.device == "cuda" and not cuda:
+            parser.error("--device cuda, but torch finds no GPU")
+        arguments.suites = arguments.suites or [("quick", [])]
+        arguments.precisions = arguments.precisions or ["float32", "bfloat16", "float16"]
+        arguments.passes = arguments.passes or PASSES
+        arguments.modes = arguments.modes or (["eager", "graph"] if arguments.device == "cuda" else ["eager"])
+        if "graph" in arguments.modes and arguments.device != "cuda":
+            parser.error("--modes graph needs --device cuda")
     if arguments.plots == Path():
         if not (arguments.show or arguments.output):
             parser.error("--plots needs a DIR where there is no JSON to put the plots next to")
@@ -111,10 +133,11 @@ def describe_environment(device: str) -> dict[str, str]:
     return environment
 
 
-def contestants_of(suite: Suite, mode: str, chosen: list[str] | None) -> list[str]:
+def contestants_of(suite: Suite, mode: str, device: str, chosen: list[str] | None) -> list[str]:
     """Ours and the loop always run: they are what the others are set against."""
-    wanted = {"ours", "loop", *(chosen or suite.contestants or CONTESTANTS)}
-    return [name for name in (COMPILED if mode == "compiled" else CONTESTANTS) if name in wanted]
+    variants = CUDA_VARIANTS if device == "cuda" and mode != "compiled" else ()
+    wanted = {"ours", "loop", *(chosen or (*(suite.contestants or CONTESTANTS), *variants))}
+    return [name for name in (*(COMPILED if mode == "compiled" else CONTESTANTS), *variants) if name in wanted]
 
 
 def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
@@ -123,13 +146,15 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
     content["environment"] = describe_environment(arguments.device)
     plans = [
         Plan(threads, precision, name, *case)
-        for threads, precision, name in product(arguments.threads, arguments.precisions, arguments.suites)
+        for threads, (name, precisions) in product(arguments.threads, arguments.suites)
+        for precision in precisions or arguments.precisions
         for case in product(suites[name].problems, arguments.passes, arguments.modes)
+        if not (suites[name].host and case[-1] == "graph")
     ]
     ceilings = {}
     threads_before = torch.get_num_threads()
     cudnn_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # as for products
-    began = time.perf_counter()
+    began = saved = time.perf_counter()
     progress = tqdm(plans, unit="case")
     try:
         for plan in progress:
@@ -146,7 +171,7 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
                 content["ceilings"].append({"dtype": name, "threads": plan.threads, **ceilings[key]._asdict()})
             suite = suites[plan.suite]
             measured = measure(
-                contestants_of(suite, plan.mode, arguments.contestants),
+                contestants_of(suite, plan.mode, arguments.device, arguments.contestants),
                 plan.problem,
                 precision,
                 device,
@@ -154,6 +179,7 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
                 mode=plan.mode,
                 rounds=arguments.rounds,
                 rotate=suite.rotate,
+                host=suite.host,
             )
             for entry in measured.values():
                 if "times_us" in entry:
@@ -161,6 +187,9 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
             floor = floor_us(plan.problem, precision, backward, ceilings[key])
             case = {**plan.as_json(), "floor_us": float(f"{floor:.4g}"), "contestants": measured}
             content["cases"].append(case)
+            if arguments.output and time.perf_counter() - saved > SAVE_SECONDS:
+                runs.save(content, arguments.output)
+                saved = time.perf_counter()
     except KeyboardInterrupt:
         return False
     finally:
@@ -168,6 +197,25 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
         torch.set_num_threads(threads_before)
         torch.backends.cudnn.allow_tf32 = cudnn_tf32
     return True
+
+
+def _part(content: runs.Content, arguments: argparse.Namespace) -> runs.Content:
+    """The cases that the arguments name."""
+
+    def named(case: runs.Case) -> bool:
+        choices = (
+            (case["precision"], arguments.precisions),
+            (case["pass"], arguments.passes),
+            (case["mode"], arguments.modes),
+        )
+        suites = [precisions for suite, precisions in arguments.suites or [] if suite == case["suite"]]
+        of_suite = not arguments.suites or any(not each or case["precision"] in each for each in suites)
+        return of_suite and all(not chosen or value in chosen for value, chosen in choices)
+
+    cases = [case for case in content["cases"] if named(case)]
+    if not cases:
+        raise ValueError(f"{arguments.show} has no such cases")
+    return {**content, "cases": cases}
 
 
 def show(content: runs.Content, arguments: argparse.Namespace) -> None:
@@ -193,8 +241,12 @@ def main(argv: list[str] | None = None) -> int:
         except ImportError:
             parser.error("--plots needs matplotlib: pip install matplotlib")
     try:
+        if arguments.goals:
+            text, met = goals.report([runs.load(path) for path in arguments.goals])
+            print(text)
+            return 0 if met else 1
         old = runs.load(arguments.compare) if arguments.compare else None
-        content = runs.load(arguments.show) if arguments.show else None
+        content = _part(runs.load(arguments.show), arguments) if arguments.show else None
         if arguments.output:
             arguments.output.open("a").close()
     except (OSError, ValueError) as error:

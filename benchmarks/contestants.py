@@ -8,7 +8,8 @@ Where a contestant does not apply, it or its forward function raises NotImplemen
 autocast, additions that torch would carry out in float32 are cast, as an attentive user would.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ Contestant = Callable[[Tensor, Tensor], tuple[Forward, list[Tensor]]]
 CONTESTANTS: dict[str, Contestant] = {}
 COMPILED = ("ours", "loop", "einsum")  # that are timed in compiled mode too
 # Larger dense weights are not built: beside all other contestants' tensors they would not fit.
-DENSE_BYTES = 4 << 30
+DENSE_ELEMENTS = 1 << 29
+# A block of a sparse weight is a tile of torch's Triton kernel on CUDA; it cannot compile larger ones.
+BSR_BLOCK = 128
 
 
 def contestant(function: Contestant) -> Contestant:
@@ -49,9 +52,9 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
 
 
 def _dense_weight(weight: Tensor) -> Tensor:
-    size = len(weight) * weight.nbytes
-    if size > DENSE_BYTES:
-        raise NotImplementedError(f"a dense weight of {size / 2**30:.1f} GiB")
+    size = len(weight) * weight.numel()
+    if size > DENSE_ELEMENTS:
+        raise NotImplementedError(f"a dense weight of {size / 2**30:.1f} Gi elements")
     return torch.block_diag(*weight)
 
 
@@ -97,6 +100,8 @@ def block_diag(weight: Tensor, bias: Tensor):
 def bsr(weight: Tensor, bias: Tensor):
     """A block-sparse weight, for inference."""
     num_blocks, out_block, in_block = weight.shape
+    if weight.is_cuda and max(out_block, in_block) > BSR_BLOCK:
+        raise NotImplementedError(f"blocks of more than {BSR_BLOCK} features on CUDA")
     size = (num_blocks * out_block, num_blocks * in_block)
     rows, columns = (torch.arange(end, device=weight.device) for end in (num_blocks + 1, num_blocks))
     sparse = torch.sparse_bsr_tensor(rows, columns, weight, size=size, check_invariants=False)
@@ -233,3 +238,35 @@ def packed_linear(weight: Tensor, bias: Tensor):
 def packed_einsum(weight: Tensor, bias: Tensor):
     """TorchUncertainty's PackedLinear, told to use einsum: the default in some releases."""
     return _packed(weight, bias, implementation="einsum")
+
+
+@contextmanager
+def _cuda_gemm(library: str, tuned: bool = False) -> Iterator[None]:
+    """Within it, `library` computes ours on CUDA, by the algorithms that are fastest here if `tuned`."""
+    for name in ("preferred_cuda_gemm", *(["tune"] if tuned else [])):
+        if not hasattr(blockdiag, name):
+            raise NotImplementedError(f"this blockdiag has no {name}")
+    before = blockdiag.preferred_cuda_gemm()
+    blockdiag.preferred_cuda_gemm(library)
+    try:
+        with blockdiag.tune() if tuned else nullcontext():
+            yield
+    finally:
+        blockdiag.preferred_cuda_gemm(before)
+
+
+# Ours computed by something else than the default, on CUDA: contestants as those above.
+CUDA_VARIANTS: dict[str, Callable[[], AbstractContextManager]] = {
+    "ours_lt": lambda: _cuda_gemm("cublaslt"),
+    "ours_tuned": lambda: _cuda_gemm("cublaslt", tuned=True),
+    "ours_small": lambda: _cuda_gemm("small_blocks"),
+}
+
+
+def context_of(name: str) -> AbstractContextManager:
+    """What a contestant is to be run in: entered for a check, a capture or a round, not for each call."""
+    return CUDA_VARIANTS.get(name, nullcontext)()
+
+
+def make_contestant(name: str, weight: Tensor, bias: Tensor) -> tuple[Forward, list[Tensor]]:
+    return CONTESTANTS["ours" if name in CUDA_VARIANTS else name](weight, bias)

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.contestants import CONTESTANTS
+from benchmarks.contestants import CONTESTANTS, CUDA_VARIANTS
 from benchmarks.report import groups
 from benchmarks.runs import Case, Content, median_us, of_floor, problem_of, speedup, times_of
 
@@ -39,6 +39,9 @@ def style(name: str) -> dict:
     """The look of a contestant, the same in all plots."""
     if name == "ours":
         return {"color": OURS, "marker": "o", "linewidth": 2.4, "markersize": 5, "zorder": 10}
+    if name in CUDA_VARIANTS:
+        marker = "^sD"[list(CUDA_VARIANTS).index(name)]
+        return {"color": OURS, "marker": marker, "linestyle": "--", "linewidth": 1.2, "markersize": 4, "zorder": 9}
     others = [other for other in CONTESTANTS if other != "ours"]
     index = others.index(name) if name in others else len(others)
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
@@ -47,7 +50,7 @@ def style(name: str) -> dict:
 
 def _names(cases: Iterable[Case]) -> list[str]:
     ran = {name for case in cases for name in times_of(case)}
-    known = [name for name in CONTESTANTS if name in ran]
+    known = [name for name in (*CONTESTANTS, *CUDA_VARIANTS) if name in ran]
     return [*known, *sorted(ran.difference(known))]
 
 

@@ -30,12 +30,13 @@ def _cell(case: Case, name: str) -> str:
     return f"{median_us(case, name):.4g}" if name in times_of(case) else "-"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
+        ).rstrip()
         for row in rows
     ]
 
@@ -51,7 +52,7 @@ def table(cases: list[Case]) -> str:
         row += [f"{ratio:.2f}" if ratio else "-" for ratio in (_over(case, "loop"), _over(case, best_other(case)))]
         peaks = [case["contestants"].get(name, {}).get("peak_bytes") for name in ("ours", "loop")]
         rows.append([*row, *("-" if peak is None else f"{peak / 2**20:.3g}" for peak in peaks)])
-    return "\n".join(_aligned(rows))
+    return "\n".join(aligned(rows))
 
 
 def _over(case: Case, name: str | None) -> float | None:
@@ -115,7 +116,7 @@ def summary(content: Content) -> str:
     for index, what in enumerate(("best other", "loop", "floor", "floor, large"), start=1):
         lines = [[*row[0], *row[index]] for row in rows if row[index][0] != "-"]
         if lines:
-            texts.append(f"against the {what}:\n" + "\n".join(_aligned([head, *lines])))
+            texts.append(f"against the {what}:\n" + "\n".join(aligned([head, *lines])))
     return "\n\n".join([*texts, _ceilings(content)])
 
 
@@ -124,25 +125,27 @@ def _ceilings(content: Content) -> str:
     for ceiling in content["ceilings"]:
         rates = [f"{1e-9 * ceiling[name]:.4g}" for name in ("operations_per_second", "bytes_per_second")]
         rows.append([ceiling["dtype"], str(ceiling["threads"]), *rates])
-    return "ceilings of the machine:\n" + "\n".join(_aligned(rows))
+    return "ceilings of the machine:\n" + "\n".join(aligned(rows))
 
 
 def markdown(content: Content) -> str:
-    """For each suite, mode and number of threads: the loop's time over ours, and in brackets that of the best other."""
+    """For each suite and number of threads: the loop's time over ours, and in brackets that of the best other."""
     parts = []
-    for (suite, threads, mode), cases in groups(content["cases"], lambda c: (c["suite"], c["threads"], c["mode"])):
-        columns = list(dict.fromkeys((case["precision"], case["pass"]) for case in cases))
+    for (suite, threads), cases in groups(content["cases"], lambda c: (c["suite"], c["threads"])):
+        modes = list(dict.fromkeys(case["mode"] for case in cases))
+        columns = list(dict.fromkeys((case["precision"], case["pass"], case["mode"]) for case in cases))
         cells: dict = {}
         for case in cases:
             loop, best = _over(case, "loop"), _over(case, best_other(case))
             text = f"{loop:.2f} ({best:.2f})" if loop and best else "-"
-            cells.setdefault(problem_of(case), {})[case["precision"], case["pass"]] = text
+            cells.setdefault(problem_of(case), {})[case["precision"], case["pass"], case["mode"]] = text
         rows = [
-            ["B, G, K→N", *(f"{precision}, {which}" for precision, which in columns)],
+            ["B, G, K→N", *(", ".join(column if len(modes) > 1 else column[:2]) for column in columns)],
             ["---"] * (len(columns) + 1),
             *([str(problem).replace("->", "→"), *(row.get(c, "-") for c in columns)] for problem, row in cells.items()),
         ]
         plural = "" if threads == 1 else "s"
-        title = f"{suite}, {mode}, {threads} thread{plural}: time of the loop (of the best other contestant) over ours"
+        setting = f"{suite}, {' and '.join(modes)}, {threads} thread{plural}"
+        title = f"{setting}: time of the loop (of the best other contestant) over ours"
         parts.append("\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows)]))
     return "\n\n".join(parts)

@@ -18,6 +18,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contestants import CUDA_VARIANTS
 from benchmarks.suites import Problem
 
 Case = dict[str, Any]
@@ -89,10 +90,10 @@ def speedup(case: Case, of: str, over: str) -> float:
     return statistics.median(ratios(case, over, of))
 
 
-def best_other(case: Case) -> str | None:
-    """The fastest contestant beside ours, relative to ours."""
-    others = [name for name in times_of(case) if name != "ours"]
-    return min(others, key=lambda name: speedup(case, "ours", name), default=None)
+def best_other(case: Case, ours: str = "ours") -> str | None:
+    """The fastest contestant beside ours and its variants, relative to one of these."""
+    others = [name for name in times_of(case) if name not in ("ours", *CUDA_VARIANTS)]
+    return min(others, key=lambda name: speedup(case, ours, name), default=None)
 
 
 def of_floor(case: Case, name: str) -> float:

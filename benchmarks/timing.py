@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.contestants import CONTESTANTS, Forward
+from benchmarks.contestants import Forward, context_of, make_contestant
 from benchmarks.suites import Problem
 
-ROUND_SECONDS = 0.01  # that one contestant runs in one round, at least once
-CASE_SECONDS = 1.5  # after which a slow contestant sits out the rest of the rounds; or 4 runs of ours, if longer
+# By device: a GPU's time is scarce, and its clock, which its events read, is precise.
+ROUND_SECONDS = {"cpu": 0.01, "cuda": 0.003}  # that one contestant runs in one round, at least once
+# After which a slow contestant sits out the rest of the rounds; or 4 runs of ours, if longer.
+CASE_SECONDS = {"cpu": 1.5, "cuda": 0.15}
 RUN_SECONDS = 30.0  # a contestant of which one run takes longer is left out
 MAX_COPIES = 64  # of the operands
+HOST_CALLS = 20  # that are timed without waiting for the GPU: few enough to fit into its queue
 
 Step = Callable[[], Any]
 
@@ -82,8 +85,8 @@ def _make_data(
     return Data(inputs, weight, bias, [grad_output.clone() for _ in range(copies if backward else 1)])
 
 
-def _reference(data: Data, precision: Precision) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output and gradients of x, weight and bias, computed in float64, for the first copy of the operands.
+def _reference(data: Data, precision: Precision, backward: bool) -> tuple[Tensor, ...]:
+    """Output and, if wanted, gradients of x, weight and bias, in float64 on the device, for all copies of the operands.
 
     Kept in float32, which is precise enough to compare with, unless the tensors are of float64 themselves.
     """
@@ -94,9 +97,10 @@ def _reference(data: Data, precision: Precision) -> tuple[Tensor, Tensor, Tensor
         tensor.detach().double().view(len(tensor), num_blocks, -1).transpose(0, 1)
         for tensor in (data.inputs[0], data.grad_outputs[0])
     )
-    output = (x @ weight.mT).transpose(0, 1).flatten(1) + data.bias.double()
-    grad_x = (grad_output @ weight).transpose(0, 1).flatten(1)
-    results = (output, grad_x, grad_output.mT @ x, grad_output.sum(1).flatten())
+    results = [(x @ weight.mT).transpose(0, 1).flatten(1) + data.bias.double()]
+    if backward:
+        grad_x = (grad_output @ weight).transpose(0, 1).flatten(1)
+        results += [grad_x, grad_output.mT @ x, grad_output.sum(1).flatten()]
     return tuple(result.to(wide) for result in results)
 
 
@@ -108,11 +112,11 @@ def _check(
     Raises:
         AssertionError: a result is off by more than the precision explains.
     """
-    output, grad_x, grad_weight, grad_bias = reference
+    output, *grads = reference
     expected = [output]
-    if len(results) > 1:
+    if grads:
         # A contestant keeps its gradients as it keeps its parameters.
-        expected += [grad_x, *CONTESTANTS[name](grad_weight, grad_bias)[1]]
+        expected += [grads[0], *make_contestant(name, *grads[1:])[1]]
     length = max(problem.batch, problem.in_block, problem.out_block)  # of the longest sum
     limit = 4 * torch.finfo(precision.result).eps + length**0.5 * torch.finfo(output.dtype).eps
     for index, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
@@ -159,19 +163,29 @@ def _make_step(
     return step_backward if backward else step_forward
 
 
-def _capture(step: Step, copies: int) -> Step:
-    """A function that replays one run of `step` on each copy of the operands, as one CUDA graph."""
+class _Replay(NamedTuple):
+    """Replays a graph, and keeps alive what it reads: the operands, which the captured function holds."""
+
+    graph: torch.cuda.CUDAGraph
+    captured: Step
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def _capture(step: Step, copies: int) -> tuple[Step, Any]:
+    """A function that replays one run of `step` on each copy of the operands, as one CUDA graph; the last's results."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
+        step()  # for what each stream has its own of, as cuBLAS's workspace
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(copies):
-            step()
-    return graph.replay
+            results = step()
+    graph.replay()
+    return _Replay(graph, step), results
 
 
 class FirstRun(NamedTuple):
@@ -182,14 +196,23 @@ class FirstRun(NamedTuple):
     peak_bytes: int
 
 
-def first_run(step: Step, device: torch.device) -> FirstRun:
+def first_run(step: Step, device: torch.device, count_workspace: bool = False) -> FirstRun:
+    """On a GPU after a run that loads kernels.
+
+    `count_workspace`: with ATen's workspace for cuBLAS, by having it allocated anew. There is one for each thread, and
+    autograd has a thread of its own, whatever the op; here it does without.
+    """
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before, began = torch.cuda.memory_allocated(), time.perf_counter()
-        results = step()
-        torch.cuda.synchronize()
-        return FirstRun(results, time.perf_counter() - began, torch.cuda.max_memory_allocated() - before)
+        with torch.autograd.set_multithreading_enabled(not count_workspace):
+            step()
+            if count_workspace:
+                torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before, began = torch.cuda.memory_allocated(), time.perf_counter()
+            results = step()
+            torch.cuda.synchronize()
+            return FirstRun(results, time.perf_counter() - began, torch.cuda.max_memory_allocated() - before)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         began = time.perf_counter()
@@ -201,9 +224,23 @@ def first_run(step: Step, device: torch.device) -> FirstRun:
     return FirstRun(results, seconds, max(held))
 
 
-def run(step: Step, repeats: int, device: torch.device) -> float:
+def _host_run(step: Step, repeats: int) -> float:
+    """Microseconds that the host takes for one run, without waiting for the GPU."""
+    bursts, seconds = math.ceil(repeats / HOST_CALLS), 0.0
+    for _ in range(bursts):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            step()
+        seconds += time.perf_counter() - began
+    return 1e6 * seconds / (bursts * HOST_CALLS)
+
+
+def run(step: Step, repeats: int, device: torch.device, host: bool = False) -> float:
     """Microseconds of one run, from `repeats` runs back to back."""
     if device.type == "cuda":
+        if host:
+            return _host_run(step, repeats)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(repeats):
@@ -221,7 +258,7 @@ def _refuse_endless(forward: Forward, parameters: list[Tensor], data: Data, prob
     """Refuses what would take minutes, going by a sixteenth of the batch: a large dense layer in half precision."""
     x = data.inputs[0].detach()
     dense_operations = 2 * problem.batch * problem.num_blocks**2 * problem.in_block * problem.out_block
-    if dense_operations < 1e10:
+    if dense_operations < 1e10 or x.is_cuda:
         return
     part = x[: math.ceil(problem.batch / 16)]
     passes = 3 if data.inputs[0].requires_grad else 1
@@ -241,6 +278,7 @@ def measure(
     mode: str = "eager",
     rounds: int = 15,
     rotate: bool = True,
+    host: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Times contestants on one problem.
 
@@ -253,10 +291,12 @@ def measure(
         mode: "eager", "compiled" (torch.compile) or "graph" (replays of a CUDA graph).
         rounds: in each, every contestant runs for ROUND_SECONDS or once, in an order that is drawn anew.
         rotate: operands are exchanged for copies from run to run, together twice as large as the cache.
+        host: on a GPU, the time is the host's, which does not wait for the GPU.
 
     Returns:
         For each contestant, {"times_us", "peak_bytes"}: microseconds of one run in each round, fewer for one that has
-        run for CASE_SECONDS; or {"skipped": why it does not apply, or in what it is wrong}.
+        run for CASE_SECONDS, and the most bytes that torch held beyond the operands, in eager mode with cuBLAS's
+        workspace; or {"skipped": why it does not apply, or in what it is wrong}.
 
     Raises:
         AssertionError: our result is not that of the float64 reference, to the precision's tolerance.
@@ -265,37 +305,46 @@ def measure(
     rotated_bytes = 2 * cache_bytes(device) if rotate else 0
     results: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
-    case_seconds = CASE_SECONDS
-    torch.compiler.reset()  # torch.compile gives up on a function after 8 versions of it
+    case_seconds = CASE_SECONDS[device.type]
+    if mode == "compiled":
+        torch.compiler.reset()  # torch.compile gives up on a function after 8 versions of it
     with torch.set_grad_enabled(backward):
         data = _make_data(problem, precision, device, backward, rotated_bytes)
-        reference = _reference(data, precision)
+        reference = _reference(data, precision, backward)
         copies = len(data.inputs)
         for name in names:
             try:
-                forward, parameters = CONTESTANTS[name](data.weight, data.bias)
-                _refuse_endless(forward, parameters, data, problem)
-                if mode == "compiled":
-                    forward = torch.compile(forward, dynamic=False)
-                step = _make_step(forward, parameters, data, precision, rotated_bytes)
-                del forward, parameters  # the step has copies
-                if mode == "compiled":
-                    step()
-                first = first_run(step, device)
-                _check(name, first.results, reference, problem, precision)
-                results[name] = {"times_us": [1e6 * first.seconds], "peak_bytes": first.peak_bytes}
-                if name == "ours":
-                    case_seconds = max(CASE_SECONDS, 4 * first.seconds)
-                # The first run of a contestant as slow as that is as good as any, and stays its only one.
-                if first.seconds < case_seconds:
-                    steps[name] = _capture(step, copies) if mode == "graph" else step
-                del first
+                with context_of(name):
+                    forward, parameters = make_contestant(name, data.weight, data.bias)
+                    _refuse_endless(forward, parameters, data, problem)
+                    if mode == "compiled":
+                        forward = torch.compile(forward, dynamic=False)
+                    step = _make_step(forward, parameters, data, precision, rotated_bytes)
+                    del forward, parameters  # the step has copies
+                    if mode == "compiled":
+                        step()
+                    # A captured graph holds the workspace: none may be freed beside one.
+                    first = first_run(step, device, count_workspace=mode == "eager")
+                    _check(name, first.results, reference, problem, precision)
+                    seconds, peak_bytes = first.seconds, first.peak_bytes
+                    del first  # what holds an autograd graph of this stream spoils a capture
+                    if name == "ours":
+                        case_seconds = max(case_seconds, 4 * seconds)
+                    # The first run of a contestant as slow as that is as good as any, and stays its only one.
+                    if seconds < case_seconds:
+                        steps[name] = step
+                        if mode == "graph":
+                            steps[name], replayed = _capture(step, copies)
+                            _check(name, replayed, reference, problem, precision)
+                            del replayed
+                    results[name] = {"times_us": [1e6 * seconds], "peak_bytes": peak_bytes}
             except (AssertionError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
                 if name == "ours" and not isinstance(error, torch.OutOfMemoryError):
                     raise
                 results[name] = {"skipped": _reason(error)}
+                steps.pop(name, None)
         runs = copies if mode == "graph" else 1  # in one call of a step
-        for name, times in _time_rounds(steps, rounds, case_seconds, device).items():
+        for name, times in _time_rounds(steps, rounds, case_seconds, device, host).items():
             results[name]["times_us"] = [time_us / runs for time_us in times]
     return results
 
@@ -307,18 +356,23 @@ def _reason(error: Exception) -> str:
 
 
 def _time_rounds(
-    steps: dict[str, Step], rounds: int, case_seconds: float, device: torch.device
+    steps: dict[str, Step], rounds: int, case_seconds: float, device: torch.device, host: bool
 ) -> dict[str, list[float]]:
     """Microseconds of one call of each step, round by round."""
-    repeats = {}
-    for name, step in steps.items():
-        once = run(step, 1, device)
-        repeats[name] = max(1, int(1e6 * ROUND_SECONDS / run(step, max(1, int(1e5 * ROUND_SECONDS / once)), device)))
+    repeats, round_us = {}, 1e6 * ROUND_SECONDS[device.type]
+
+    def timed(name: str, repeats: int) -> float:
+        with context_of(name):
+            return run(steps[name], repeats, device, host)
+
+    for name in steps:
+        once = timed(name, 1)
+        repeats[name] = max(1, int(round_us / timed(name, max(1, int(0.1 * round_us / once)))))
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
             if 1e-6 * repeats[name] * sum(times[name]) < case_seconds:
-                times[name].append(run(steps[name], repeats[name], device))
+                times[name].append(timed(name, repeats[name]))
     return times

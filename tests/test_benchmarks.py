@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import reference
 from benchmarks import __main__ as command
 from benchmarks import compare, report, runs, timing
 from benchmarks.ceilings import Ceiling, floor_us
-from benchmarks.contestants import CONTESTANTS
+from benchmarks.contestants import CONTESTANTS, CUDA_VARIANTS
 from benchmarks.suites import PUBLISHED, Problem, make_suites
 from benchmarks.timing import PRECISIONS, Precision, cache_bytes, first_run, measure
 
@@ -22,13 +23,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _short_rounds(monkeypatch):
-    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
+    monkeypatch.setattr(timing, "ROUND_SECONDS", {"cpu": 1e-4, "cuda": 1e-4})
 
 
 @pytest.fixture(autouse=True)
 def _small_ceiling(monkeypatch):
     """A large product and a large copy take seconds."""
     monkeypatch.setattr("benchmarks.ceilings.MATRIX_SIZE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr("benchmarks.ceilings.CUDA_COPY_BYTES", 1 << 16)
     monkeypatch.setattr("benchmarks.ceilings.cache_bytes", lambda device: 1 << 16)
 
 
@@ -97,6 +99,16 @@ def test_measure(backward, precision, device):
             assert entry["peak_bytes"] >= 6 * 3 * 16 * PRECISIONS[precision].result.itemsize
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("setting", [{"mode": "graph"}, {"host": True}], ids=lambda setting: next(iter(setting)))
+def test_measure_on_cuda(setting, backward, cuda):
+    names = ["ours", "loop", "dense", "einsum", "bmm_out"]
+    measured = measure(
+        names, SQUARE, PRECISIONS["amp-float16"], torch.device(cuda), backward=backward, rounds=3, **setting
+    )
+    assert {name: len(entry.get("times_us", [])) for name, entry in measured.items()} == dict.fromkeys(names, 3)
+
+
 def off_by_a_little(weight, bias):
     return lambda x, weight, bias: blockdiag.linear(x, weight, bias * 1.001), [weight, bias]
 
@@ -142,12 +154,65 @@ def test_failures_of_ours_are_not_skipped(monkeypatch):
 
 
 def test_slow_contestants_run_once(monkeypatch):
-    monkeypatch.setattr(timing, "CASE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "CASE_SECONDS", {"cpu": 0.0})
     times = measure(["dense"], PROBLEM, PRECISIONS["float32"], CPU, rounds=5)["dense"]["times_us"]
     assert len(times) == 1
     monkeypatch.setattr(timing, "RUN_SECONDS", 0.0)
     slow = Problem(512, 8, 512, 512)
     assert "takes more than" in measure(["dense"], slow, PRECISIONS["float32"], CPU)["dense"]["skipped"]
+
+
+@pytest.fixture
+def choice(monkeypatch):
+    """Stands in for blockdiag's choice of a CUDA library: what was computed by which, tuned or not."""
+    state, seen = {"library": "cublas", "tuned": False}, []
+
+    def preferred_cuda_gemm(name=None):
+        if name == "small_blocks":
+            raise RuntimeError("no kernels for small blocks")
+        state["library"] = name or state["library"]
+        return state["library"]
+
+    @contextmanager
+    def tune(path=None):
+        state["tuned"] = True
+        yield
+        state["tuned"] = False
+
+    def ours(weight, bias):
+        def forward(*tensors):
+            seen.append((state["library"], state["tuned"]))
+            return blockdiag.linear(*tensors)
+
+        return forward, [weight, bias]
+
+    monkeypatch.setattr(blockdiag, "preferred_cuda_gemm", preferred_cuda_gemm, raising=False)
+    monkeypatch.setattr(blockdiag, "tune", tune, raising=False)
+    monkeypatch.setitem(CONTESTANTS, "ours", ours)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["ours", "ours_lt", "ours_tuned", "ours_small"])
+def test_variants_compute_by_their_library(name, choice):
+    """From the check to the last round, and the choice is restored."""
+    entry = measure([name], PROBLEM, PRECISIONS["float32"], CPU, rounds=3)[name]
+    wanted = {"ours": ("cublas", False), "ours_lt": ("cublaslt", False), "ours_tuned": ("cublaslt", True)}
+    if name == "ours_small":
+        assert (entry, choice) == ({"skipped": "RuntimeError: no kernels for small blocks"}, [])
+    else:
+        assert len(entry["times_us"]) == 3
+        assert set(choice) == {wanted[name]}
+        assert len(choice) >= 1 + 2 + 3
+    assert blockdiag.preferred_cuda_gemm() == "cublas"
+
+
+def test_variants_are_for_cuda():
+    suite = make_suites("cuda")["quick"]
+    names = ["ours", *CUDA_VARIANTS]
+    assert [name for name in command.contestants_of(suite, "eager", "cuda", None) if "ours" in name] == names
+    assert [name for name in command.contestants_of(suite, "eager", "cuda", ["ours_lt"]) if "ours" in name] == names[:2]
+    assert [name for name in command.contestants_of(suite, "compiled", "cuda", None) if "ours" in name] == ["ours"]
+    assert [name for name in command.contestants_of(suite, "eager", "cpu", None) if "ours" in name] == ["ours"]
 
 
 def test_operands_are_rotated(monkeypatch):
@@ -189,8 +254,12 @@ def test_floor():
     forward, grad_input, grad_weight = 30 + 105 + 21 + 42, 42 + 105 + 30, 42 + 30 + 105 + 21
     assert floor_us(problem, precision, False, memory_bound) == pytest.approx(4 * forward)
     assert floor_us(problem, precision, True, memory_bound) == pytest.approx(4 * (forward + grad_input + grad_weight))
-    autocast = Precision(torch.float32, torch.bfloat16)  # y of 2 bytes
-    assert floor_us(problem, autocast, False, memory_bound) == pytest.approx(4 * (30 + 105 + 21) + 2 * 42)
+    # In 2 bytes, and casts between 4 and 2 bytes: of the operands, and of their gradients.
+    autocast, casts = Precision(torch.float32, torch.bfloat16), 6 * (30 + 105 + 21)
+    assert floor_us(problem, autocast, False, memory_bound) == pytest.approx(2 * forward + casts)
+    assert floor_us(problem, autocast, True, memory_bound) == pytest.approx(
+        2 * (forward + grad_input + grad_weight) + 2 * casts
+    )
 
 
 @pytest.mark.parametrize("device_name", ["cpu", "cuda"])
@@ -201,7 +270,7 @@ def test_suites(device_name):
         assert min(map(min, suite.problems)) > 0
         assert CONTESTANTS.keys() >= set(suite.contestants)
     assert suites["partitioned"].problems[0] == PUBLISHED
-    assert len(suites["partitioned"].problems) == 4 * 2 * 3 * 3
+    assert len(suites["partitioned"].problems) == 4 * 2 * 3 * 3 + 4
     assert len(suites["ensemble"].problems) == 5 * (5 if device_name == "cpu" else 7)
 
 
@@ -240,6 +309,10 @@ def test_command_line(tiny, tmp_path, capsys):
     assert command.main(["--show", str(path), "--markdown"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert "| B, G, K→N | float32, fwd | float32, fwd+bwd |" in table
+    assert command.main(["--show", str(path), "--markdown", "--suites", "overhead:float32", "--passes", "fwd"]) == 0
+    part = capsys.readouterr().out
+    assert "| B, G, K→N | float32, fwd |\n" in part
+    assert "quick" not in part
     assert any(line.startswith("| 6, 3, 4→5 | ") and line.count("(") == 2 for line in table)
 
 
@@ -312,6 +385,29 @@ def test_summary():
     assert lines.count("quick float32 fwd eager 1 2 0.41 0.33 128, 2, 256->256") == 2  # the floor: 1/2 and 1/3
 
 
+def test_suites_have_precisions_of_their_own(tiny, tmp_path):
+    path = tmp_path / "run.json"
+    assert tiny(path, "--suites", "small", "quick:bfloat16,float32", "--passes", "fwd", "--contestants", "loop") == 0
+    measured = [(case["suite"], case["precision"]) for case in runs.load(path)["cases"]]
+    # As given, the most telling first; both problems of each.
+    assert list(dict.fromkeys(measured)) == [("small", "float32"), ("quick", "bfloat16"), ("quick", "float32")]
+
+
+def test_markdown_has_a_column_for_each_mode(tiny, tmp_path, capsys):
+    path = tmp_path / "run.json"
+    assert tiny(path, "--suites", "quick", "--passes", "fwd", "--contestants", "loop") == 0
+    content = runs.load(path)
+    graph = [{**case, "mode": "graph"} for case in content["cases"]]
+    runs.save({**content, "cases": content["cases"] + graph}, path)
+    capsys.readouterr()
+    assert command.main(["--show", str(path), "--markdown"]) == 0
+    table = capsys.readouterr().out
+    assert "quick, eager and graph, " in table
+    assert "| B, G, K→N | float32, fwd, eager | float32, fwd, graph |" in table
+    assert command.main(["--show", str(path), "--markdown", "--modes", "graph"]) == 0
+    assert "| B, G, K→N | float32, fwd |" in capsys.readouterr().out
+
+
 def test_interrupted_runs_keep_their_results(tiny, tmp_path, monkeypatch):
     path, counter = tmp_path / "run.json", iter(range(10))
 
@@ -323,6 +419,14 @@ def test_interrupted_runs_keep_their_results(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "measure", interrupted)
     assert tiny(path, "--contestants", "loop") == 130
     assert len(runs.load(path)["cases"]) == 2
+
+
+def test_results_are_written_while_measuring(tiny, tmp_path, monkeypatch):
+    path, written = tmp_path / "run.json", []
+    monkeypatch.setattr(command, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(runs, "save", lambda content, path: written.append(len(content["cases"])))
+    assert tiny(path, "--contestants", "loop", "--passes", "fwd") == 0
+    assert written == [1, 2, 2]
 
 
 def test_cases_beyond_the_time_limit_are_named(tiny, tmp_path):
@@ -344,6 +448,9 @@ def test_cases_beyond_the_time_limit_are_named(tiny, tmp_path):
         (["--output", "/"], "Is a directory"),
         (["--plots"], "--plots needs a DIR"),
         (["--contestants", "nobody"], "invalid choice: 'nobody'"),
+        (["--suites", "nothing"], "invalid choice: 'nothing'"),
+        (["--suites", "quick:float33"], "invalid choice: 'float33'"),
+        (["--goals", "missing.json"], "cannot read missing.json"),
     ],
 )
 def test_bad_command_lines(arguments, message, monkeypatch, capsys):
