@@ -57,9 +57,9 @@ def test_tuning():
     run_on_fake("tests/fake_cuda/check_tuning.py")
 
 
-@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
+@pytest.mark.parametrize("library", ["cublas", "cublaslt", "small_blocks"])
 def test_values(library):
-    """All tests that run on a GPU, and with cuBLASLt those of the op."""
+    """All tests that run on a GPU, and with the other libraries those of the op."""
     files = ["linear", "random", "autograd", "autocast", "cuda", "memory"]
     paths = ["tests"] if library == "cublas" else [f"tests/test_{name}.py" for name in files]
     excluded = [argument for test in EXCLUDED for argument in ("--deselect", test)]
@@ -67,7 +67,7 @@ def test_values(library):
     assert int(last.split()[0]) > 1000, last
 
 
-@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
+@pytest.mark.parametrize("library", ["cublas", "cublaslt", "small_blocks"])
 def test_bounds(library):
     """Every tensor lies in memory of its own: what reads or writes an element beyond it is found."""
     run_on_fake(

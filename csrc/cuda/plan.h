@@ -77,14 +77,13 @@ struct Problem {
   }
 };
 
-/// FNV-1a, 64 bits, over the numbers of a key (http://www.isthe.com/chongo/tech/comp/fnv/).
+/// Each number multiplied in by the golden ratio's 64 bits, and the upper half, which that mixes best, folded onto the lower.
 struct KeyHash {
   size_t operator()(const Problem::Key& key) const {
-    uint64_t hash = 0xcbf29ce484222325;
+    uint64_t hash = 0;
     for (const int64_t number : key) {
-      for (int shift = 0; shift < 64; shift += 8) {
-        hash = (hash ^ ((static_cast<uint64_t>(number) >> shift) & 0xff)) * 0x100000001b3;
-      }
+      hash = (hash ^ static_cast<uint64_t>(number)) * 0x9e3779b97f4a7c15;
+      hash ^= hash >> 32;
     }
     return static_cast<size_t>(hash);
   }

@@ -200,11 +200,13 @@ class Fake:
         over = _Exchange(alias)
         args, kwargs = over.arguments(args), over.arguments(kwargs)
         outputs = [alias(tensor) for tensor in made]
+        # Not `over`, which holds CUDA's tensors: a queue that keeps them alive would free them on another thread.
+        given = [ours for ours, _ in over.pairs]
 
         def work():
             value = op(*args, **kwargs)
             flat = list(value) if isinstance(value, (list, tuple)) else [value]
-            new = [item for item in flat if not any(item is ours for ours, _ in over.pairs)]
+            new = [item for item in flat if not any(item is ours for ours in given)]
             for output, item in zip(outputs, new, strict=True):
                 output.copy_(item)
 

@@ -98,6 +98,13 @@ def test_one_block_is_no_batch():
     assert calls(lambda: blockdiag.linear(x, weight)) == [GEMM if LT else "cublasGemmEx"]
 
 
+@only_cublas
+def test_one_block_with_bias_is_torchs_dense_layer():
+    tensors = operands(Problem((6,), 1, 5, 4))
+    check(blockdiag.linear, *tensors, grad_output=torch.randn(6, 4, device="cuda"))
+    assert calls(lambda: blockdiag.linear(*tensors)) == ["aten::addmm.out"]
+
+
 def test_more_blocks_than_a_grid_holds():
     """Two calls of cuBLAS; cuBLASLt is not asked."""
     x, weight = operands(Problem((2,), 70000, 1, 2), None)
