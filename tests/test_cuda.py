@@ -97,7 +97,8 @@ print(blockdiag.build_info()["cublaslt"])
 @pytest.fixture(params=["cublas", "cublaslt", "tuned", "small_blocks"])
 def gemm(request):
     """Each way to compute on a GPU, in turn."""
-    before = blockdiag.preferred_cuda_gemm("cublaslt" if request.param == "tuned" else request.param)
+    before = blockdiag.preferred_cuda_gemm()
+    blockdiag.preferred_cuda_gemm("cublaslt" if request.param == "tuned" else request.param)
     with blockdiag.tune() if request.param == "tuned" else nullcontext():
         yield request.param
     blockdiag.preferred_cuda_gemm(before)

@@ -32,9 +32,10 @@ def content(*environments: dict) -> dict:
 @pytest.fixture
 def cublaslt():
     require_cuda_build()
-    before = blockdiag.preferred_cuda_gemm("cublaslt")
+    before = blockdiag.preferred_cuda_gemm()
+    blockdiag.preferred_cuda_gemm("cublaslt")
     yield
-    blockdiag.preferred_cuda_gemm("cublas" if before == "cublaslt" else before)
+    blockdiag.preferred_cuda_gemm(before)
 
 
 def while_tuning(path, action) -> None:

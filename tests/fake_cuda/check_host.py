@@ -140,6 +140,24 @@ def test_heuristic_is_asked_once():
     assert calls(lambda: blockdiag.linear(*others)) == [GEMM]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_small_blocks_are_one_kernel_a_pass(deterministic):
+    """The gradient of the bias comes with the weight's."""
+    before = blockdiag.preferred_cuda_gemm()
+    blockdiag.preferred_cuda_gemm("small_blocks")
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        tensors = operands(Problem((6,), 3, 16, 32), dtype=torch.float16)
+        output = check(blockdiag.linear, *tensors, grad_output=torch.randn(6, 96, dtype=torch.float16, device="cuda"))
+        assert calls(lambda: blockdiag.linear(*tensors)) == ["run_small_blocks"]
+        assert calls(lambda: gradients(output, tensors, output.detach())) == ["run_small_blocks"] * 2
+        assert "bias_grad=1" in fake.log()[-1]
+        large = operands(Problem((6,), 3, 65, 65), dtype=torch.float16)
+        assert "run_small_blocks" not in calls(lambda: check(blockdiag.linear, *large))
+    finally:
+        blockdiag.preferred_cuda_gemm(before)
+
+
 # Failures
 
 
@@ -171,7 +189,7 @@ def test_every_allocation_may_fail(count):
     ("num_blocks", "function"), [(1, "cublasGemmEx"), (3, "cublasGemmStridedBatchedEx")], ids=["one", "batched"]
 )
 def test_error_of_cublas_names_status_and_shape(num_blocks, function):
-    tensors = operands(Problem((6,), num_blocks, 5, 4))
+    tensors = operands(Problem((6,), num_blocks, 5, 4), None)
     fake.set("gemm_status", EXECUTION_FAILED)
     with pytest.raises(RuntimeError) as error:
         blockdiag.linear(*tensors)

@@ -22,7 +22,8 @@ from reference import Problem, check
 
 @pytest.fixture(autouse=True)
 def _cublaslt_and_torchs_own_flags(_reset):
-    before = blockdiag.preferred_cuda_gemm("cublaslt")
+    before = blockdiag.preferred_cuda_gemm()
+    blockdiag.preferred_cuda_gemm("cublaslt")
     torch.use_deterministic_algorithms(False)
     yield
     blockdiag.preferred_cuda_gemm(before)
