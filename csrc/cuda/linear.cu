@@ -37,7 +37,8 @@ void run_gemm(const Pass& pass, const at::Tensor& result) {
   }
   if (has_bias) {
     // The GEMM adds to it: no second pass over the result, and no rounding between product and bias.
-    result.view({-1, pass.bias.numel()}).copy_(pass.bias.view(-1));
+    const bool as_rows = result.size(-1) == pass.bias.numel();
+    result.copy_(as_rows ? pass.bias.view(-1) : pass.bias.view({pass.gemm.batch, pass.gemm.m}));
   }
   cuda::run_gemm(
       pass.gemm,
