@@ -2,9 +2,10 @@
 
 import atexit
 import contextlib
+import fcntl
 import json
 import os
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,22 +44,24 @@ def preferred_cuda_gemm(name: str | None = None) -> str:
 def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) -> Iterator[None]:
     """Within it, cuBLASLt computes by the fastest of the algorithms that its heuristic recommends, not by the first.
 
-    Whenever a problem comes that is new, up to 16 algorithms are timed on copies of its operands, with as much memory
-    as twice the GPU's second-level cache, and the winner is used from then on: also in the backward pass, in later
-    calls of this function, and by all GPUs of the same name. A gradient of the bias is computed in the kernel of the
-    weight's where that is faster. An algorithm is left out if its result differs from that of the heuristic's first,
-    and in deterministic mode if it differs between two runs. While a CUDA graph is captured nothing is measured: call
-    the model once before.
+    Whenever a problem comes that is new, be it by a new batch size, up to 16 algorithms are timed for some tenths of a
+    second, on random operands that are laid out as the problem's: on up to 64 of each, so that they come from memory
+    rather than from the cache, or on one if that is large. The winner is used from then on: also in the backward
+    pass, in other threads, in later calls of this function, and by all GPUs of the same name. A gradient of the bias
+    is computed in the kernel of the weight's where that is faster (torch.compile has its own way with it). An algorithm
+    is left out if its result differs from that of the heuristic's first, and in deterministic mode if it differs
+    between two runs. While a CUDA graph is captured nothing is measured: call the model once before.
 
     It concerns what ``preferred_cuda_gemm`` lets cuBLASLt compute, and changes nothing without CUDA. The environment
-    variable ``BLOCKDIAG_TUNE=path`` does the same from import to exit.
+    variable ``BLOCKDIAG_TUNE=path`` does the same from import to exit; a process that ends without Python's exit, as
+    those that multiprocessing forks, writes nothing.
 
     Args:
         path: where choices are kept, as JSON. Those in it that were made on this GPU with these versions of torch and
             cuBLASLt are used, and what this process has measured is added at the end. A file that is damaged, or made
             for other versions or GPUs only, is reported by a warning and ignored; one that is no such file is never
             overwritten.
-        measure: False uses what is known, and measures nothing.
+        measure: False uses what is known, and lets nothing be measured in this process meanwhile.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
@@ -69,7 +72,7 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
 
 @contextlib.contextmanager
 def _tuning(path: str | os.PathLike[str] | None, measure: bool, compare_devices: bool = True) -> Iterator[None]:
-    file = None if path is None else Path(path).absolute()
+    file = None if path is None else Path(path).resolve()
     if file is not None and not file.parent.is_dir():
         raise FileNotFoundError(f"blockdiag.tune: expected a file in an existing folder, but got {file}")
     if not hasattr(extension, "preferred_cuda_gemm"):
@@ -89,13 +92,16 @@ def _tuning(path: str | os.PathLike[str] | None, measure: bool, compare_devices:
             file = None
         else:
             _use(environments, file, compare_devices)
-    extension.count_tuning(1, int(measure))
+    extension.count_tuning(1, int(not measure))
     try:
         yield
     finally:
-        extension.count_tuning(-1, -int(measure))
+        extension.count_tuning(-1, -int(not measure))
         if file is not None:
-            _add_to(file)
+            try:
+                _add_to(file)
+            except (OSError, ValueError) as error:  # no reason to lose what was computed meanwhile
+                warnings.warn(f"blockdiag.tune: {file} is left as it is: {error}", stacklevel=5)
 
 
 def _versions() -> dict[str, Any]:
@@ -135,13 +141,43 @@ def _measured() -> list[Environment]:
     return [{"device": device, **_versions(), "choices": choices} for device, choices in by_device.items()]
 
 
-def _add_to(file: Path) -> None:
-    """Adds this process's choices to those of the file, which another process may have changed meanwhile."""
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, as other processes do in here; where a file system has no locks, there is none."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _add_to(file: Path) -> None:
+    """Adds this process's choices to those of the file, which other processes may have changed meanwhile.
+
+    Raises:
+        OSError: it cannot be read or written.
+        ValueError: it is not such a file any more.
+    """
+    with _locked(file.parent):
         environments = _read(file) if file.exists() else []
-    except ValueError as error:
-        warnings.warn(f"blockdiag.tune: {file} was changed, and is left as it is: {error}", stacklevel=5)
-        return
+        updated = _with_measured(environments)
+        if updated is None:
+            return
+        # A reader sees the old file or the new one, and never a part.
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        try:
+            part.write_text(json.dumps({**_FORMAT, "environments": updated}, indent=1))
+            if file.exists():
+                shutil.copymode(file, part)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _with_measured(environments: list[Environment]) -> list[Environment] | None:
+    """`environments` with this process's choices, or None if they have all of them."""
     is_new = False
     for environment in _measured():
         name = {key: value for key, value in environment.items() if key != "choices"}
@@ -151,12 +187,7 @@ def _add_to(file: Path) -> None:
         choices = {json.dumps(new["problem"], sort_keys=True): new for new in environment["choices"]}
         is_new = is_new or any(old_choices.get(problem) != new for problem, new in choices.items())
         environments = [*others, {**name, "choices": list((old_choices | choices).values())}]
-    if not is_new:
-        return
-    # A reader sees the old file or the new one, and never a part.
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as part:
-        json.dump({**_FORMAT, "environments": environments}, part, indent=1)
-    os.replace(part.name, file)
+    return environments if is_new else None
 
 
 def _read(file: Path) -> list[Environment]:
@@ -169,7 +200,7 @@ def _read(file: Path) -> list[Environment]:
         content = json.loads(file.read_text())
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not text: {error}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(content, dict) or not content.items() >= _FORMAT.items():
         raise ValueError(f"expected it to say {_FORMAT}")
@@ -202,5 +233,9 @@ def tune_from_environment() -> None:
     if path:
         # Names of devices are not asked for: that would start CUDA on the first of them in every process.
         tuning = _tuning(path, measure=True, compare_devices=False)
-        tuning.__enter__()
-        atexit.register(tuning.__exit__, None, None, None)
+        try:
+            tuning.__enter__()
+        except OSError as error:
+            warnings.warn(f"BLOCKDIAG_TUNE={path} does nothing: {error}", stacklevel=2)
+        else:
+            atexit.register(tuning.__exit__, None, None, None)

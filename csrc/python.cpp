@@ -19,11 +19,11 @@ void define_tuning(pybind11::module_& m) {
   m.attr("PROBLEM_FIELDS") = cuda::Problem::kFields;
   m.def(
       "count_tuning",
-      [](int used, int measured) {
+      [](int used, int unmeasured) {
         cuda::tuning().used += used;
-        cuda::tuning().measured += measured;
+        cuda::tuning().unmeasured += unmeasured;
       },
-      "Adds to the numbers of those who want measured choices used, and unknown ones measured."
+      "Adds to the numbers of those who want measured choices used, and of those who want nothing measured."
   );
   m.def(
       "choices",

@@ -78,7 +78,7 @@ class TestBuild:
             assert result.stdout.strip() == (gemm or "cublas"), result.stderr
 
 
-# In a process of its own: the choice is made once. `bias[1:]` starts where no vector of eight bytes does.
+# In a process of its own, whose calls are counted. `bias[1:]` starts where no vector of eight bytes does.
 _LT = """
 import torch, blockdiag
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = {reduced}
@@ -130,6 +130,24 @@ class TestDevice:
             results = [output, *torch.autograd.grad(output, tensors, grad_output)]
             for actual, exact in zip(results, [expected, *expected_grads], strict=True):
                 assert relative_error(actual, exact) < 0.01
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize("sizes", [(1, 64, 33), (1, 32, 128), (7, 24, 16), (3, 65, 70), (5, 1, 9)], ids=str)
+    def test_bias_gradient(self, sizes, dtype, gemm):
+        """Not in deterministic mode, in which cuBLASLt has no part in it; of gradients of every layout."""
+        torch.use_deterministic_algorithms(False)
+        num_blocks, in_block, out_block = sizes
+        for stacked in (False, True):
+            tensors = make(Problem((100,), num_blocks, in_block, out_block), dtype, "cuda", stacked=stacked)
+            output = blockdiag.linear(*tensors)
+            rows = torch.randn_like(output)
+            columns = rows.flatten(1).mT.contiguous().mT.view(rows.shape) if not stacked else rows.mT.contiguous().mT
+            for grad_output in (rows, rows[:1].expand_as(rows), columns):
+                _, weight_grad, bias_grad = torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+                dy = grad_output.double().view(100, num_blocks, out_block)
+                x = tensors[0].detach().double().view(100, num_blocks, in_block)
+                assert relative_error(weight_grad, torch.einsum("bgn,bgk->gnk", dy, x)) < 0.01
+                assert relative_error(bias_grad, dy.sum(0).flatten()) < 0.01
 
     @pytest.mark.parametrize("allow", ["fp16", "bf16"])
     def test_sums_that_must_not_be_split(self, gemm, allow):

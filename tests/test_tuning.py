@@ -137,6 +137,7 @@ class TestFile:
             ("", "it is not JSON"),
             ('{"format": "blockdiag tu', "it is not JSON"),
             ("[]", "expected it to say"),
+            ("[" * 100000, "it is not JSON"),
             ('{"format": "blockdiag tuning", "version": 2, "environments": []}', "expected it to say"),
             (lambda: content() | {"environments": {}}, "a list of environments"),
             (lambda: content({"device": DEVICE}), "expected an object of"),
@@ -161,6 +162,54 @@ class TestFile:
         assert caught[0].filename == __file__
         assert path.read_text() == before
         assert len(extension.choices()) == known + 1
+
+    def test_a_file_that_cannot_be_written_does_not_end_the_program(self, cublaslt, tmp_path):
+        """The folder is gone; what the user raised is not replaced."""
+        folder = tmp_path / "folder"
+        folder.mkdir()
+
+        def remove():
+            add(601)
+            folder.rmdir()
+            raise KeyError("user")
+
+        with pytest.raises(KeyError, match="user"), pytest.warns(UserWarning, match="is left as it is: .*No such file"):
+            while_tuning(folder / "tuning.json", remove)
+
+    def test_permissions_and_links_stay(self, cublaslt, tmp_path):
+        path, link = tmp_path / "tuning.json", tmp_path / "link.json"
+        link.symlink_to(path)
+        while_tuning(link, lambda: add(701))
+        path.chmod(0o640)
+        while_tuning(link, lambda: add(702))
+        assert link.is_symlink()
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert {701, 702} <= {c["problem"]["m"] for c in json.loads(path.read_text())["environments"][0]["choices"]}
+
+    def test_processes_that_end_together_lose_nothing(self, cublaslt, tmp_path):
+        path = tmp_path / "tuning.json"
+        code = """
+import sys
+from blockdiag._load import extension
+numbers = [1] * len(extension.PROBLEM_FIELDS)
+for number in range(50):
+    numbers[0] = 50 * int(sys.argv[1]) + number
+    extension.add_choice("device", numbers, [1] * 8)
+import blockdiag.tuning
+from pathlib import Path
+input()
+blockdiag.tuning._add_to(Path(sys.argv[2]))
+"""
+        commands = [[sys.executable, "-c", code, str(index), str(path)] for index in range(4)]
+        processes = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for command in commands]
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for process in processes:
+            process.communicate(timeout=300)
+        choices = json.loads(path.read_text())["environments"][0]["choices"]
+        assert {choice["problem"]["m"] for choice in choices} == set(range(200))
+        assert list(tmp_path.iterdir()) == [path]
 
     def test_a_binary_file(self, cublaslt, tmp_path):
         path = tmp_path / "model.pt"
@@ -205,4 +254,5 @@ extension.add_choice("device", [11] * len(fields), [1] * 8)
 
     def test_says_where_it_does_nothing(self, tmp_path):
         require_cuda_build()
+        assert "BLOCKDIAG_TUNE=" in self.run(tmp_path / "missing" / "tuning.json", "cublaslt").stderr
         assert "only cuBLASLt has algorithms to choose from" in self.run(tmp_path / "tuning.json", "cublas").stderr

@@ -51,6 +51,7 @@ bool may_fuse_bias_grad([[maybe_unused]] const at::Tensor& grad_output, [[maybe_
   constexpr c10::DispatchKeySet wrapped(
       {DispatchKey::Python,
        DispatchKey::Functionalize,
+       DispatchKey::Batched,
        DispatchKey::FuncTorchBatched,
        DispatchKey::FuncTorchGradWrapper}
   );

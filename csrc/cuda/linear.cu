@@ -1,4 +1,5 @@
 #include "../bias_grad.h"
+#include "../check.h"
 #include "../pass.h"
 #include "gemm.h"
 #include "small_blocks.h"
@@ -87,7 +88,9 @@ std::tuple<at::Tensor, at::Tensor> weight_and_bias_grad(
       return {std::move(weight_grad), std::move(bias_grad)};
     }
   }
-  return separate_weight_and_bias_grad(grad_output, input, weight_sizes);
+  auto weight_grad = blockdiag::run(pass, run_gemm);
+  const bool stacked = is_stacked(input.sym_sizes(), weight_sizes);
+  return {std::move(weight_grad), bias_grad(grad_output, stacked, /*bias_stacked=*/true, weight_sizes)};
 }
 
 } // namespace

@@ -38,15 +38,24 @@ bool tf32_is_allowed() {
   return precision == at::Float32Precision::TF32 && !at::NoTF32Guard::should_disable_tf32();
 }
 
+bool has_dtype(c10::ScalarType dtype) {
+  return dtype == c10::kHalf || dtype == c10::kBFloat16 || dtype == c10::kFloat;
+}
+
 /// Whether cuBLASLt is asked at all.
 bool is_for_lt(const Gemm& gemm, c10::ScalarType dtype, Epilogue epilogue) {
   constexpr int64_t kMaxBatch = 65535; // a grid dimension of batched kernels
-  const bool has_dtype = dtype == c10::kHalf || dtype == c10::kBFloat16 || dtype == c10::kFloat;
   // Before CUDA 13.2 a leading dimension beyond 2^31 bytes is read wrongly (CUB-9572), before 12.8 Update 1 a bias of a
   // vector (5104822).
   const int64_t max_ld = kBlasMax / static_cast<int64_t>(c10::elementSize(dtype));
-  return has_dtype && gemm.batch <= kMaxBatch && std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) <= max_ld &&
+  return has_dtype(dtype) && gemm.batch <= kMaxBatch && std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) <= max_ld &&
          (epilogue == Epilogue::kNone || (gemm.m > 1 && gemm.n > 1));
+}
+
+/// Whether a bias gradient is computed with the weight's: where that may be known to be faster, and not in deterministic
+/// mode, as it is not documented how the epilogue sums.
+bool may_use_bias_grad_epilogue(c10::ScalarType dtype) {
+  return has_dtype(dtype) && tuning().used > 0 && !at::globalContext().deterministicAlgorithms();
 }
 
 std::atomic<int64_t> calls{0}, left_to_cublas{0};
@@ -75,7 +84,14 @@ bool run(const Gemm& gemm, c10::ScalarType dtype, Epilogue epilogue, const Opera
       .deterministic = at::globalContext().deterministicAlgorithms(),
   };
   const cublasLtHandle_t handle = at::cuda::getCurrentCUDABlasLtHandle();
-  auto plan = plans().get(problem.key(), [&] { return make_plan(handle, problem); });
+  auto plan = plans().find(problem.key());
+  if (!plan) {
+    auto made = make_plan(handle, problem);
+    if (!made) {
+      return false;
+    }
+    plan = plans().get(problem.key(), [&] { return std::move(*made); });
+  }
   if (tuning().used > 0 && !plan->candidates.empty()) {
     if (auto tuned = tuned_plan(handle, plan, problem, operands)) {
       plan = std::move(tuned);
@@ -116,21 +132,16 @@ bool run_lt_gemm(const Gemm& gemm, c10::ScalarType dtype, const void* a, const v
 bool run_lt_weight_bias_grad(
     const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, void* c, void* bias_grad
 ) {
-  if (tuning().used == 0 || at::globalContext().deterministicAlgorithms()) {
-    return false; // it is not known to be faster, or not known to be reproducible
-  }
-  const bool done = run(gemm, dtype, Epilogue::kBiasGrad, {a, b, c, bias_grad});
+  const bool done = may_use_bias_grad_epilogue(dtype) && run(gemm, dtype, Epilogue::kBiasGrad, {a, b, c, bias_grad});
   calls += done;
   return done;
 }
 
 bool may_fuse_bias_grad(c10::ScalarType dtype) {
   const auto library = preferred_library();
-  if (library == Library::kSmallBlocks && (dtype == c10::kHalf || dtype == c10::kBFloat16)) {
-    return true;
-  }
-  // How cuBLASLt's epilogue sums is not documented.
-  return library != Library::kCublas && tuning().used > 0 && !at::globalContext().deterministicAlgorithms();
+  const bool is_small_dtype = dtype == c10::kHalf || dtype == c10::kBFloat16;
+  return (library == Library::kSmallBlocks && is_small_dtype) ||
+         (library != Library::kCublas && may_use_bias_grad_epilogue(dtype));
 }
 
 std::string lt_calls() {

@@ -5,6 +5,7 @@
 
 #include <cublasLt.h>
 
+#include <optional>
 #include <vector>
 
 namespace blockdiag::cuda {
@@ -30,8 +31,9 @@ struct Operands {
   void* bias;
 };
 
-/// The plan of a problem, its candidates as cuBLASLt's heuristic orders them.
-Plan make_plan(cublasLtHandle_t handle, const Problem& problem);
+/// The plan of a problem, its candidates as cuBLASLt's heuristic orders them. Nothing if a stream is captured and the
+/// heuristic cannot say, as some versions cannot then.
+std::optional<Plan> make_plan(cublasLtHandle_t handle, const Problem& problem);
 
 /// Queues the problem on the current stream. `workspace` holds as many bytes as the candidate asks for.
 cublasStatus_t launch(

@@ -2,6 +2,7 @@
 #include "cublas.h"
 #include "lt.h"
 
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
@@ -74,7 +75,7 @@ bool is_sound(const cublasLtMatmulAlgo_t& algorithm, const Caller& call) {
 
 } // namespace
 
-Plan make_plan(cublasLtHandle_t handle, const Problem& problem) {
+std::optional<Plan> make_plan(cublasLtHandle_t handle, const Problem& problem) {
   const Caller call{problem};
   const Gemm& gemm = problem.gemm;
   const auto compute = static_cast<cublasComputeType_t>(problem.compute_type);
@@ -125,6 +126,10 @@ Plan make_plan(cublasLtHandle_t handle, const Problem& problem) {
   );
   if (is_unsupported(status)) {
     return plan;
+  }
+  if (status != CUBLAS_STATUS_SUCCESS &&
+      c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+    return std::nullopt;
   }
   call.check(status, "cublasLtMatmulAlgoGetHeuristic");
   for (int i = 0; i < count; ++i) {

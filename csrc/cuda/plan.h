@@ -26,7 +26,8 @@ inline int64_t alignment(uint64_t address, int64_t stride_bytes, int64_t batch) 
 /// What the GEMM's kernel does beside the product: nothing, add the bias, or sum B over k into the gradient of the bias.
 enum class Epilogue : int64_t { kNone, kBias, kBiasGrad };
 
-/// Everything that cuBLASLt's heuristic reads of a problem; equal problems have one plan.
+/// Everything that cuBLASLt's heuristic reads of a problem, and that a choice of its algorithms depends on; equal problems
+/// have one plan.
 struct Problem {
   Gemm gemm;
   int64_t device, dtype, compute_type;

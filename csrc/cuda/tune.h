@@ -10,10 +10,10 @@
 
 namespace blockdiag::cuda {
 
-/// How many callers want measured choices to be used, and how many want unknown ones to be measured. Process-wide, as the
-/// backward pass runs in threads of its own.
+/// How many callers want measured choices to be used, and how many of them want nothing new to be measured. Process-wide, as
+/// the backward pass runs in threads of its own.
 struct Tuning {
-  std::atomic<int> used{0}, measured{0};
+  std::atomic<int> used{0}, unmeasured{0};
 };
 Tuning& tuning();
 

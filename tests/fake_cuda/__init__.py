@@ -17,6 +17,6 @@ needs.
 
 What it cannot show: the arithmetic of a device, its order of summation and its speed; which algorithms the real
 heuristic knows, or for which problems it has none; what the real libraries refuse beyond their documentation; a host
-that reads device memory, or passes a pointer of its own to the device, where a real one would fault; kernels, of which
-blockdiag has none. A capture keeps the order of the calls, not the graph of their dependencies.
+that reads device memory, or passes a pointer of its own to the device, where a real one would fault; how a GPU runs
+blockdiag's own kernels. A capture keeps the order of the calls, not the graph of their dependencies.
 """

@@ -3,6 +3,7 @@
 The fake's heuristic recommends algorithms 21, 31 and 66, in this order, of 10 microseconds each.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -15,9 +16,9 @@ import torch
 import blockdiag
 from blockdiag._load import extension
 from fake_cuda.aten import fake
-from fake_cuda.check_host import NOT_SUPPORTED, calls, gradients, operands, problem
+from fake_cuda.check_host import INTERNAL_ERROR, NOT_SUPPORTED, calls, gradients, operands, problem
 from fake_cuda.check_host import _reset as _reset
-from reference import Problem, check
+from reference import Problem, check, make
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +28,11 @@ def _cublaslt_and_torchs_own_flags(_reset):
     torch.use_deterministic_algorithms(False)
     yield
     blockdiag.preferred_cuda_gemm(before)
-    for name in ("wrong_31", "unsteady_31"):
+    for name in ("wrong_31", "unsteady_31", "skips_31", "fails_31"):
         fake.set(name, 0)
+
+
+_sizes = itertools.count()
 
 
 def algorithms(function) -> list[str]:
@@ -100,6 +104,64 @@ def test_wrong_results_do_not_win():
         assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
 
 
+@pytest.mark.parametrize("input", [0.0, torch.inf], ids=str)
+def test_wrong_results_do_not_win_where_the_operands_hide_them(input):
+    fake.set("cost_31", 1)
+    fake.set("wrong_31", 7)
+    tensors = operands(Problem((6,), 3, 8, 4 + (input > 0)))
+    with torch.no_grad():
+        tensors[0].fill_(input)
+    with blockdiag.tune():
+        blockdiag.linear(*tensors)
+        assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
+
+
+@pytest.mark.parametrize("failure", ["skips_31", "fails_31"])
+def test_what_computes_nothing_does_not_win(failure):
+    """By an error, or by none."""
+    fake.set("cost_31", 1)
+    fake.set(failure, 1)
+    tensors = operands(problem())
+    with blockdiag.tune():
+        check(blockdiag.linear, *tensors, grad_output=torch.randn(6, 12, device="cuda"))
+        assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
+        output = blockdiag.linear(*tensors)
+        backward = algorithms(lambda: gradients(output, tensors, output.detach()))
+        assert backward == ["21", "21b"]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_bias_gradient_of_any_size_and_layout(num_blocks, dtype):
+    fake.set("cost_31", 1)
+    batch, in_block, out_block = 6, 9 + next(_sizes), 33
+    for stacked, bias in itertools.product([False, True], ["flat", "stacked"]):
+        tensors = make(Problem((batch,), num_blocks, in_block, out_block), dtype, "cuda", stacked=stacked, bias=bias)
+        rows = (num_blocks, out_block) if stacked else (num_blocks * out_block,)
+        contiguous = torch.randn(batch, *rows, dtype=dtype, device="cuda")
+        expanded = contiguous[:1].expand(batch, *rows)
+        transposed = contiguous.flatten(1).mT.contiguous().mT.view(contiguous.shape) if not stacked else contiguous
+        with blockdiag.tune():
+            for grad_output in (contiguous, expanded, transposed):
+                check(torch.ops.blockdiag.linear, *tensors, grad_output=grad_output)
+            output = torch.ops.blockdiag.linear(*tensors)
+            assert algorithms(lambda o=output, t=tensors, g=contiguous: gradients(o, t, g)) == ["31", "31b"]
+
+
+def test_batched_gradients():
+    """Those of torch.autograd.grad, whose tensors no fused op knows."""
+    fake.set("cost_31", 1)
+    tensors = operands(problem())
+    output = blockdiag.linear(*tensors)
+    many = torch.randn(3, 6, 12, device="cuda")
+    with blockdiag.tune():
+        step(tensors)
+        batched = torch.autograd.grad(output, tensors, many, retain_graph=True, is_grads_batched=True)
+        single = [gradients(output, tensors, grad_output) for grad_output in many]
+    for index, grads in enumerate(batched):
+        torch.testing.assert_close(grads, torch.stack([each[index] for each in single]), rtol=1e-4, atol=1e-4)
+
+
 def test_deterministic_mode_wants_the_same_bits_twice():
     """Algorithm 31 is the fastest, but leaves out one term of 6001 every other time."""
     fake.set("cost_31", 1)
@@ -128,7 +190,7 @@ _READER = """
 import sys, torch, blockdiag
 from fake_cuda.aten import fake
 blockdiag.preferred_cuda_gemm("cublaslt")
-x, w, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((6, 3 * 11), (3, 4, 11), (12,)))
+x, w, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((6, 3 * 1234), (3, 4, 1234), (12,)))
 with blockdiag.tune(sys.argv[1], measure=False):
     fake.clear()
     y = blockdiag.linear(x, w, b)
@@ -139,7 +201,7 @@ print(*[entry.split("algo=")[1] for entry in fake.log() if "algo=" in entry])
 
 def test_another_process_uses_what_was_measured(tmp_path):
     path = tmp_path / "tuning.json"
-    tensors = operands(Problem((6,), 3, 11, 4))
+    tensors = operands(Problem((6,), 3, 1234, 4))
     fake.set("cost_31", 5)
     with blockdiag.tune(path):
         step(tensors)
@@ -150,7 +212,7 @@ def test_another_process_uses_what_was_measured(tmp_path):
 
     assert read() == ["31"] * 3
     content = json.loads(path.read_text())
-    mine = [choice for choice in content["environments"][0]["choices"] if choice["problem"]["k"] == 11]
+    mine = [choice for choice in content["environments"][0]["choices"] if choice["problem"]["k"] == 1234]
     assert content["environments"][0]["device"] == "Fake H100"
     assert len(mine) == 1
     # Bytes that are no algorithm's are no harm.
@@ -210,6 +272,36 @@ def test_where_memory_runs_out_the_heuristics_choice_stands(count):
             fake.set("malloc_after", 0)
         assert algorithms(lambda: blockdiag.linear(*tensors)) in (["21+"], ["31+"])
         assert len(algorithms(lambda: blockdiag.linear(*tensors))) == 1, "it is not tried again and again"
+
+
+def test_measuring_spares_captures_of_other_threads():
+    tensors, others = ([tensor.detach() for tensor in operands(problem())] for _ in range(2))
+    blockdiag.linear(*tensors)
+    fake.set("cost_31", 5)
+    graph = torch.cuda.CUDAGraph()
+    with blockdiag.tune(), torch.cuda.graph(graph):
+        output = blockdiag.linear(*tensors)
+        thread = threading.Thread(target=lambda: blockdiag.linear(*others))
+        thread.start()
+        thread.join()
+    graph.replay()
+    torch.testing.assert_close(output, blockdiag.linear(*tensors))
+    with blockdiag.tune(measure=False):
+        assert algorithms(lambda: blockdiag.linear(*others)) == ["31+"]
+
+
+def test_a_heuristic_that_fails_in_a_capture_is_asked_again():
+    tensors = [tensor.detach() for tensor in operands(problem())]
+    graph = torch.cuda.CUDAGraph()
+    fake.set("heuristic_status", INTERNAL_ERROR)
+    with torch.cuda.graph(graph):
+        output = blockdiag.linear(*tensors)
+    graph.replay()
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_INTERNAL_ERROR"):
+        blockdiag.linear(*tensors)
+    fake.set("heuristic_status", 0)
+    torch.testing.assert_close(output, blockdiag.linear(*tensors))
+    assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
 
 
 def test_one_of_several_threads_measures():

@@ -340,6 +340,12 @@ FAKE_EXPORT cublasStatus_t cublasLtMatmul(
   product.alpha = alpha;
   product.beta = beta;
   const auto id = std::to_string(chosen.id);
+  if (option(("fails_" + id).c_str()) != 0) {
+    return CUBLAS_STATUS_INTERNAL_ERROR;
+  }
+  if (option(("skips_" + id).c_str()) != 0) {
+    return CUBLAS_STATUS_SUCCESS;
+  }
   static std::atomic<int64_t> count{0};
   const bool wrong = ++count % 2 == 0 || option(("unsteady_" + id).c_str()) == 0;
   product.wrong_splits = chosen.id == 66 ? chosen.splits : wrong ? option(("wrong_" + id).c_str()) : 0;

@@ -12,6 +12,8 @@
 // cost_ID           microseconds that algorithm ID takes, by events
 // wrong_ID          n: algorithm ID leaves out the rest of k that n parts of one size do not cover
 // unsteady_ID       1: it does so every other time
+// skips_ID          1: algorithm ID does nothing
+// fails_ID          1: algorithm ID returns CUBLAS_STATUS_INTERNAL_ERROR
 #include "fake.h"
 
 #include <cstdlib>
