@@ -84,6 +84,20 @@ def test_order(library):
     run_on_fake("-m", "cuda", "tests/test_cuda.py", *excluded, BLOCKDIAG_CUDA_GEMM=library, FAKE_CUDA="lazy=1")
 
 
+def test_what_compute_sanitizer_runs():
+    command = [sys.executable, str(TESTS / "fake_cuda"), sys.executable, str(TESTS / "gpu_subset.py")]
+    path = ":".join(filter(None, [str(TESTS.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[:-1] == [
+        "small_blocks: 54 layers checked",
+        "cublas: 54 layers checked",
+        "cublaslt: 54 layers checked",
+        "tuned: 3 layers checked",
+    ]
+
+
 # Calls cuBLAS by hand, with one mistake: what is said of each is the proof that the others do not make it.
 _MISTAKE = """
 import ctypes, torch
