@@ -119,8 +119,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
 def commit() -> str:
     """The commit that is measured: from $BLOCKDIAG_COMMIT in a copy without its history."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or os.environ.get("BLOCKDIAG_COMMIT", "unknown")
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a machine without git
+        found = ""
+    else:
+        found = result.stdout.strip()
+    return found or os.environ.get("BLOCKDIAG_COMMIT", "unknown")
 
 
 def describe_environment(device: str) -> dict[str, str]:

@@ -385,6 +385,12 @@ def test_summary():
     assert lines.count("quick float32 fwd eager 1 2 0.41 0.33 128, 2, 256->256") == 2  # the floor: 1/2 and 1/3
 
 
+def test_the_commit_comes_from_the_environment_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("BLOCKDIAG_COMMIT", "1234567")
+    assert command.commit() == "1234567"
+
+
 def test_suites_have_precisions_of_their_own(tiny, tmp_path):
     path = tmp_path / "run.json"
     assert tiny(path, "--suites", "small", "quick:bfloat16,float32", "--passes", "fwd", "--contestants", "loop") == 0
