@@ -57,7 +57,7 @@ step() { # LIMIT LOG NAME COMMAND...: the end of what it prints is shown
 
 rm -f "$out"/*.log "$out/report.txt" "$out/goals.txt"
 echo "== build ($BLOCKDIAG_COMMIT)"
-FORCE_CUDA=1 timeout 100 python3 setup.py build_ext --inplace >"$out/build.log" 2>&1 || {
+FORCE_CUDA=1 timeout 85 python3 setup.py build_ext --inplace >"$out/build.log" 2>&1 || {
   tail -n 30 "$out/build.log"
   exit 1
 }
@@ -67,15 +67,14 @@ grep -E "^blockdiag .*building" "$out/build.log"
   nvidia-smi
 } 2>&1 | tee "$out/report.txt"
 
-tests() { # LIMIT NAME ARGUMENT...: on several processes where pytest can
+tests() { # LIMIT NAME ARGUMENT...: on several processes where pytest can, which share the cores
   local processes=()
   ! python3 -c "import xdist" 2>/dev/null || processes=(-n 8)
-  step "$1" tests.log "$2" python3 -m pytest -q -p no:cacheprovider "${processes[@]}" -k cuda "${@:3}"
+  OMP_NUM_THREADS=2 step "$1" tests.log "$2" \
+    python3 -m pytest -q -p no:cacheprovider "${processes[@]}" -k cuda "${@:3}"
 }
 
-has() { python3 -c "import blockdiag, sys; sys.exit(not hasattr(blockdiag, '$1'))"; }
-
-sanitizer() { # LIMIT TOOL OPTION...
+sanitizer() { # LIMIT TOOL LIBRARIES OPTION...
   local tool folder
   for folder in "" "${CUDA_HOME:-/usr/local/cuda}/bin/" "${CUDA_HOME:-/usr/local/cuda}/compute-sanitizer/"; do
     tool=$(command -v "${folder}compute-sanitizer") && break
@@ -87,17 +86,21 @@ sanitizer() { # LIMIT TOOL OPTION...
   # Tensors side by side in torch's cache would hide reads beyond one of them; calls that torch makes to find out what a
   # driver supports fail as they should.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" sanitizer.log "$2" "$tool" --tool "$2" --error-exitcode 9 \
-    --report-api-errors no "${@:3}" python3 tests/gpu_subset.py
+    --report-api-errors no "${@:4}" python3 tests/gpu_subset.py $3
 }
 
-all_tests() { # together 265 s
-  tests 130 tests
-  BLOCKDIAG_CUDA_GEMM=cublaslt tests 40 tests-cublaslt \
-    tests/test_linear.py tests/test_random.py tests/test_autograd.py tests/test_cuda.py
-  ! has tune || BLOCKDIAG_CUDA_GEMM=cublaslt BLOCKDIAG_TUNE="$work/tune.json" tests 25 tests-tuned tests/test_linear.py
-  sanitizer 40 memcheck
+all_tests() { # together 295 s
+  local of_op=(tests/test_{linear,random,autograd,autocast,cuda,memory}.py)
+  tests 115 tests
+  BLOCKDIAG_CUDA_GEMM=cublaslt tests 35 tests-cublaslt "${of_op[@]}"
+  BLOCKDIAG_CUDA_GEMM=small_blocks tests 35 tests-small_blocks "${of_op[@]}"
+  # Few problems, in one process: each new one is measured for some tenths of a second.
+  BLOCKDIAG_CUDA_GEMM=cublaslt BLOCKDIAG_TUNE="$work/tune.json" step 20 tests.log tests-tuned \
+    python3 -m pytest -q -p no:cacheprovider -k "cuda and (B128 or B33)" tests/test_linear.py
+  sanitizer 45 memcheck ""
   # cuBLAS's kernels are NVIDIA's to check.
-  sanitizer 30 racecheck --kernel-name kns=blockdiag
+  sanitizer 25 racecheck small_blocks --kernel-name kns=blockdiag
+  sanitizer 20 synccheck small_blocks --kernel-name kns=blockdiag
 }
 
 time_it() { # LIMIT MINUTES NAME ARGUMENT...: INT is Ctrl-C, what was measured until then is kept
