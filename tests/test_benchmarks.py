@@ -37,7 +37,7 @@ def _small_ceiling(monkeypatch):
 # Who cannot compute a problem in a dtype: by torch's own limits, or for want of a package.
 INAPPLICABLE = {
     "bsr": "inference only|non-square|not implemented",
-    "grouped_mm": "multiple of 16|Float32|no torch.nn.functional.grouped_mm|not supported",
+    "grouped_mm": "multiple of 16|strides/sizes|Float32|requires cuBLASLt|no torch.nn|not supported",
     "packed_linear": "not installed",
     "packed_einsum": "not installed",
 }
