@@ -116,9 +116,9 @@ all)
   time_it 120 1.7 core --suites recommender:bfloat16 overhead:float16,amp-float16 quick:amp-float16 ensemble:amp-float16
   time_it 35 0.35 published --suites partitioned:amp-float16 --contestants "${of_published[@]}"
   ;;
-ensemble) time_it 420 6.7 ensemble --suites ensemble:$halves ;;
-published) time_it 420 6.7 published --suites partitioned:$halves --contestants "${of_published[@]}" ;;
-more) time_it 420 6.7 more --suites recommender:$halves overhead:$halves quick:$halves,float32 small:$halves ;;
+ensemble) time_it 440 6.7 ensemble --suites ensemble:$halves ;;
+published) time_it 440 6.7 published --suites partitioned:$halves --contestants "${of_published[@]}" ;;
+more) time_it 440 6.7 more --suites recommender:$halves overhead:$halves quick:$halves,float32 small:$halves ;;
 esac
 if compgen -G "$out/*.json" >/dev/null; then
   python3 -m benchmarks --goals "$out"/*.json >"$out/goals.txt" 2>&1
