@@ -94,7 +94,7 @@ def test_what_compute_sanitizer_runs():
         "small_blocks: 54 layers checked",
         "cublas: 54 layers checked",
         "cublaslt: 54 layers checked",
-        "tuned: 3 layers checked",
+        "tuned: 6 layers checked",
     ]
 
 
