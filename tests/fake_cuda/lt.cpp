@@ -14,49 +14,34 @@
 namespace fake {
 namespace {
 
-/// Of the real library, which is loaded when these are called.
-template <typename Function>
-Function real(const char* name) {
+/// What the real library, which is loaded when this is called, says by one of its functions.
+template <typename T, typename Described, typename Name>
+T ask(const char* function, Described described, Name name) {
   static void* library =
       dlopen(("libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR)).c_str(), RTLD_NOLOAD | RTLD_LAZY);
-  void* found = library == nullptr ? nullptr : dlsym(library, name);
-  if (found == nullptr) {
-    fail(std::string(name) + " is not in the real cuBLASLt");
+  using Get = cublasStatus_t (*)(Described, Name, void*, size_t, size_t*);
+  static const auto get = library == nullptr ? nullptr : reinterpret_cast<Get>(dlsym(library, function));
+  T value{};
+  size_t written = 0;
+  if (get == nullptr || get(described, name, &value, sizeof(value), &written) != CUBLAS_STATUS_SUCCESS) {
+    fail(function + std::string(" of the real cuBLASLt, attribute ") + std::to_string(name));
   }
-  return reinterpret_cast<Function>(found);
+  return value;
 }
 
 template <typename T>
 T attribute(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t name) {
-  static const auto get = real<decltype(&cublasLtMatmulDescGetAttribute)>("cublasLtMatmulDescGetAttribute");
-  T value{};
-  size_t written = 0;
-  if (get(operation, name, &value, sizeof(value), &written) != CUBLAS_STATUS_SUCCESS) {
-    fail("cublasLtMatmulDescGetAttribute " + std::to_string(name));
-  }
-  return value;
+  return ask<T>("cublasLtMatmulDescGetAttribute", operation, name);
 }
 
 template <typename T>
 T attribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t name) {
-  static const auto get = real<decltype(&cublasLtMatrixLayoutGetAttribute)>("cublasLtMatrixLayoutGetAttribute");
-  T value{};
-  size_t written = 0;
-  if (get(layout, name, &value, sizeof(value), &written) != CUBLAS_STATUS_SUCCESS) {
-    fail("cublasLtMatrixLayoutGetAttribute " + std::to_string(name));
-  }
-  return value;
+  return ask<T>("cublasLtMatrixLayoutGetAttribute", layout, name);
 }
 
 template <typename T>
 T attribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t name) {
-  static const auto get = real<decltype(&cublasLtMatmulPreferenceGetAttribute)>("cublasLtMatmulPreferenceGetAttribute");
-  T value{};
-  size_t written = 0;
-  if (get(preference, name, &value, sizeof(value), &written) != CUBLAS_STATUS_SUCCESS) {
-    fail("cublasLtMatmulPreferenceGetAttribute " + std::to_string(name));
-  }
-  return value;
+  return ask<T>("cublasLtMatmulPreferenceGetAttribute", preference, name);
 }
 
 Matrix matrix(cublasLtMatrixLayout_t layout, const void* data) {
