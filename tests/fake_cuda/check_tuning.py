@@ -278,12 +278,25 @@ def test_measuring_spares_captures_of_other_threads():
     tensors, others = ([tensor.detach() for tensor in operands(problem())] for _ in range(2))
     blockdiag.linear(*tensors)
     fake.set("cost_31", 5)
+    ready, captures = threading.Event(), threading.Event()
+
+    def measure_meanwhile():
+        blockdiag.linear(
+            *tensors
+        )  # torch 2.11 makes a thread's cuBLAS handle at its first product, which no capture allows
+        ready.set()
+        captures.wait()
+        blockdiag.linear(*others)
+
     graph = torch.cuda.CUDAGraph()
-    with blockdiag.tune(), torch.cuda.graph(graph):
-        output = blockdiag.linear(*tensors)
-        thread = threading.Thread(target=lambda: blockdiag.linear(*others))
+    with blockdiag.tune():
+        thread = threading.Thread(target=measure_meanwhile)
         thread.start()
-        thread.join()
+        ready.wait()
+        with torch.cuda.graph(graph):
+            output = blockdiag.linear(*tensors)
+            captures.set()
+            thread.join()
     graph.replay()
     torch.testing.assert_close(output, blockdiag.linear(*tensors))
     with blockdiag.tune(measure=False):
