@@ -44,13 +44,13 @@ def preferred_cuda_gemm(name: str | None = None) -> str:
 def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) -> Iterator[None]:
     """Within it, cuBLASLt computes by the fastest of the algorithms that its heuristic recommends, not by the first.
 
-    Whenever a problem comes that is new, be it by a new batch size, up to 16 algorithms are timed for some tenths of a
-    second, on random operands that are laid out as the problem's: on up to 64 of each, so that they come from memory
-    rather than from the cache, or on one if that is large. The winner is used from then on: also in the backward
-    pass, in other threads, in later calls of this function, and by all GPUs of the same name. A gradient of the bias
-    is computed in the kernel of the weight's where that is faster (torch.compile has its own way with it). An algorithm
-    is left out if its result differs from that of the heuristic's first, and in deterministic mode if it differs
-    between two runs. While a CUDA graph is captured nothing is measured: call the model once before.
+    Whenever a problem comes that is new, be it by a new batch size, up to 16 algorithms are timed on random operands
+    that are laid out as the problem's: on up to 64 of each, so that they come from memory rather than from the cache,
+    or on one if that is large. The winner is used from then on: also in the backward pass, in other threads, in later
+    calls of this function, and by all GPUs of the same name. A gradient of the bias is computed in the kernel of the
+    weight's where that is faster (torch.compile has its own way with it). An algorithm is left out if its result
+    differs from that of the heuristic's first, and in deterministic mode if it differs between two runs. While a CUDA
+    graph is captured nothing is measured: call the model once before.
 
     It concerns what ``preferred_cuda_gemm`` lets cuBLASLt compute, and changes nothing without CUDA. The environment
     variable ``BLOCKDIAG_TUNE=path`` does the same from import to exit; a process that ends without Python's exit, as

@@ -94,7 +94,7 @@ all_tests() { # together 295 s
   tests 115 tests
   BLOCKDIAG_CUDA_GEMM=cublaslt tests 35 tests-cublaslt "${of_op[@]}"
   BLOCKDIAG_CUDA_GEMM=small_blocks tests 35 tests-small_blocks "${of_op[@]}"
-  # Few problems, in one process: each new one is measured for some tenths of a second.
+  # Few problems, in one process: each new one is measured.
   BLOCKDIAG_CUDA_GEMM=cublaslt BLOCKDIAG_TUNE="$work/tune.json" step 20 tests.log tests-tuned \
     python3 -m pytest -q -p no:cacheprovider -k "cuda and (B128 or B33)" tests/test_linear.py
   sanitizer 45 memcheck ""

@@ -50,7 +50,8 @@ def run_on_fake(*arguments: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("library", ["cublas", "cublaslt"])
 def test_calls(library):
-    run_on_fake("tests/fake_cuda/check_host.py", "tests/fake_cuda/check_epilogues.py", BLOCKDIAG_CUDA_GEMM=library)
+    files = [f"tests/fake_cuda/check_{name}.py" for name in ("host", "failures", "epilogues")]
+    run_on_fake(*files, BLOCKDIAG_CUDA_GEMM=library)
 
 
 def test_tuning():

@@ -4,7 +4,6 @@
 #include "gemm.h"
 #include "small_blocks.h"
 
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -24,17 +23,6 @@ void run_gemm(const Pass& pass, const at::Tensor& result) {
         cuda::run_lt_gemm(pass.gemm, dtype, a, b, bias, c)) {
       return;
     }
-  }
-  if (has_bias && pass.gemm.batch == 1) {
-    // A single block is a dense layer: torch's own adds the bias in the product's kernel.
-    const auto transposed = [](const at::Tensor& tensor, int64_t rows, int64_t cols, const Operand& operand) {
-      return operand.transpose ? tensor.as_strided({rows, cols}, {1, operand.ld})
-                               : tensor.as_strided({rows, cols}, {operand.ld, 1});
-    };
-    const auto& [m, n, k, batch, a, b, c] = pass.gemm;
-    auto output = result.view({n, m});
-    at::addmm_out(output, pass.bias.view(-1), transposed(pass.b, n, k, b), transposed(pass.a, k, m, a));
-    return;
   }
   if (has_bias) {
     // The GEMM adds to it: no second pass over the result, and no rounding between product and bias.
