@@ -95,7 +95,11 @@ def make_extension():
     with_cuda, why = decide_cuda()
     print(f"blockdiag {VERSION}: building {'CUDA and CPU' if with_cuda else 'CPU only'} ({why})", flush=True)
 
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    def find(pattern):
+        return {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern)}
+
+    unavailable = {"csrc/cuda/unavailable.cpp"}
+    sources = find("**/*.cpp") - (unavailable if with_cuda else find("cuda/*.cpp") - unavailable)
     macros = [("BLOCKDIAG_VERSION", f'"{VERSION}"')]
     # Warnings are for our code: torch's headers, which torch's own flags name with -I, count as system headers when
     # they are named with -isystem too.
@@ -107,15 +111,13 @@ def make_extension():
     compile_args = {"cxx": [*flags, "-g0", "-fopenmp", "-Wall", "-Wextra"]}
     arguments = {"define_macros": macros, "extra_compile_args": compile_args}
     if not with_cuda:
-        return CppExtension("blockdiag._C", sources, **arguments)
+        return CppExtension("blockdiag._C", sorted(sources), **arguments)
 
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"
-    sources.remove("csrc/cuda/unavailable.cpp")
-    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
     macros.append(("BLOCKDIAG_CUDA", None))
     compile_args["nvcc"] = [*flags, "-Xcompiler=-Wall,-Wextra"]
-    extension = CUDAExtension("blockdiag._C", sources, **arguments)
+    extension = CUDAExtension("blockdiag._C", sorted(sources | find("**/*.cu")), **arguments)
     # Behind the toolkit's own headers: only for libraries such as cuBLAS that the toolkit lacks.
     extension.include_dirs += pip_cuda_headers()
     return extension

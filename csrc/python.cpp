@@ -6,6 +6,7 @@
 
 #ifdef BLOCKDIAG_CUDA
 #include "cuda/gemm.h"
+#include "cuda/small_blocks.h"
 #include "cuda/tune.h"
 
 namespace {
@@ -16,6 +17,11 @@ namespace cuda = blockdiag::cuda;
 void define_tuning(pybind11::module_& m) {
   m.def("preferred_cuda_gemm", &cuda::preferred_gemm, pybind11::arg("name") = pybind11::none());
   m.def("cublaslt_version", &cublasLtGetVersion);
+  m.def(
+      "small_blocks_split_rows",
+      [](int64_t rows) { return cuda::small_blocks_split_rows().exchange(rows); },
+      "Sets from how many rows on small blocks' sums over the batch are split, for benchmarks; returns what it was."
+  );
   m.attr("PROBLEM_FIELDS") = cuda::Problem::kFields;
   m.def(
       "count_tuning",

@@ -5,6 +5,8 @@
 
 #include <c10/core/ScalarType.h>
 
+#include <atomic>
+
 namespace blockdiag::cuda {
 
 /// Runs `gemm` on float16 or bfloat16 matrices on the current device and stream, accumulated in float32. C must not overlap
@@ -19,5 +21,9 @@ namespace blockdiag::cuda {
 bool run_small_blocks(
     const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, const void* bias, void* c, void* bias_grad
 );
+
+/// From how many rows on a sum over the batch is split into parts, which a second kernel adds up. To be measured on a GPU, and
+/// then a constant.
+std::atomic<int64_t>& small_blocks_split_rows();
 
 } // namespace blockdiag::cuda

@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/linear.cu in a build without CUDA, to say how to get one with it.
+// Stands in for csrc/cuda/linear.cpp in a build without CUDA, to say how to get one with it.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 

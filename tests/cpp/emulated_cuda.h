@@ -1,4 +1,4 @@
-// Runs csrc/cuda/small_blocks.cu on a CPU: what it uses of CUDA, one thread block after another, each thread a fiber.
+// Runs csrc/cuda/kernels/small_blocks.cu on a CPU: what it uses of CUDA, one thread block after another, each thread a fiber.
 //
 // Threads take turns in random order wherever they meet: at __syncthreads, and the 32 lanes of a warp at an mma, which is
 // computed from the layout that the PTX ISA documents. Every access is checked: inside an operand, aligned to its size,
@@ -34,6 +34,7 @@
 #define threadIdx (emulated::machine().thread->index)
 #define blockIdx (emulated::machine().block)
 #define blockDim (emulated::machine().block_size)
+#define gridDim (emulated::machine().grid)
 
 namespace emulated {
 
@@ -99,7 +100,7 @@ struct Machine {
 
   std::mt19937_64 random{0};
   std::vector<Region> regions;
-  Index block, block_size;
+  Index block, block_size, grid;
   Thread* thread = nullptr;
   ucontext_t scheduler;
   std::function<void()> kernel;
@@ -381,6 +382,7 @@ void launch(
     region.written.assign(region.writable ? region.bytes : 0, false);
   }
   machine.shared_bytes = shared_bytes;
+  machine.grid = {static_cast<unsigned>(x), static_cast<unsigned>(y)};
   machine.kernel = [&] { kernel(arguments...); };
   for (int64_t block = 0; block < x * y; ++block) {
     emulated::run_block(

@@ -1,6 +1,6 @@
 // The kernels for small blocks, run on a CPU, against the definition in double precision: over random sizes, layouts and
 // alignments, in all passes. `test_small_blocks traffic` prints what they move on problems of benchmarks/suites.py.
-#include "../../csrc/cuda/small_blocks.cu"
+#include "../../csrc/cuda/kernels/small_blocks.cu"
 
 #include <cmath>
 #include <cstring>
@@ -246,9 +246,20 @@ void test_random(Random& random, int trials) {
   }
 }
 
-/// Batches that are split into parts, which a second kernel adds up.
+/// A thread block for each 32 x 32 tile of the weight, or few blocks would leave most of a GPU idle.
+void test_tiles(Random& random) {
+  emulated::machine().processors = 132;
+  for (const auto& [in_block, out_block, tiles] : {std::array{64, 64, 4}, {64, 32, 2}, {33, 40, 4}, {16, 32, 1}}) {
+    test<c10::Half>({Pass::weight_grad, 128, 16, in_block, out_block, true}, {}, random);
+    if (emulated::machine().grid.x != static_cast<unsigned>(16 * tiles) || emulated::machine().grid.y != 1) {
+      fail("every tile of the weight has a thread block");
+    }
+  }
+}
+
+/// Batches that are split into parts, which a second kernel adds up; from as many rows on as is set.
 void test_parts(Random& random) {
-  emulated::machine().processors = 5;
+  emulated::machine().processors = 20;
   for (const auto& [in_block, out_block, num_blocks] : {std::array{16, 16, 3}, {64, 64, 2}, {40, 7, 1}, {16, 32, 4}}) {
     const int64_t batch = 4096 + random.below(100);
     const auto launches = emulated::machine().launches;
@@ -257,6 +268,12 @@ void test_parts(Random& random) {
       fail("a long batch is split");
     }
   }
+  const auto launches = emulated::machine().launches, rows = blockdiag::cuda::small_blocks_split_rows().exchange(5000);
+  test<c10::Half>({Pass::weight_grad, 4096, 2, 64, 64, true}, {}, random);
+  if (emulated::machine().launches != launches + 2) {
+    fail("a shorter batch is not split");
+  }
+  blockdiag::cuda::small_blocks_split_rows() = rows;
 }
 
 void test_what_is_not_taken() {
@@ -282,7 +299,7 @@ void test_what_is_not_taken() {
       taken(changed(sum, [](Gemm& gemm) { gemm.n = 65; })) || taken(changed(sum, [](Gemm& gemm) { gemm.m = 65; })) ||
       taken(changed(forward, [](Gemm& gemm) { gemm.b.transpose = true; })) ||
       taken(changed(sum, [](Gemm& gemm) { gemm.a.transpose = true; })) ||
-      taken(changed(sum, [](Gemm& gemm) { gemm.batch = int64_t{1} << 31; }));
+      taken(changed(sum, [](Gemm& gemm) { gemm.batch = int64_t{1} << 29; }));
   emulated::machine().major = 7;
   if (any || taken(forward) || taken(sum)) {
     fail("what the kernels cannot do is left alone");
@@ -355,6 +372,7 @@ int main(int argc, char** argv) {
   }
   Random random;
   test_what_is_not_taken();
+  test_tiles(random);
   test_parts(random);
   test_random(random, argc > 1 ? std::atoi(argv[1]) : 1000);
   std::puts("all passed");

@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-KERNELS = [ROOT / "csrc" / "cuda" / "small_blocks.cu", *(HERE.parent / "cpp").glob("emulated_*.h")]
+KERNELS = [*(ROOT / "csrc" / "cuda" / "kernels").iterdir(), *(HERE.parent / "cpp").glob("emulated_*.h")]
 IMPORTERS = [
     "torch_cuda",
     "c10_cuda",

@@ -129,6 +129,19 @@ def test_an_algorithm_that_sums_wrongly_is_not_taken(in_block, algorithm):
 
 
 @only_lt
+@pytest.mark.parametrize(
+    ("muted", "attribute", "first", "algorithm"), [(21, 0, 0, 31), (66, 2, 2, 21), (21, 2, 0, 21)], ids=str
+)
+def test_an_algorithm_without_an_attribute(muted, attribute, first, algorithm):
+    """Without an ID it is not taken, nor is 66 if it does not tell into how many parts it splits k; no call fails."""
+    fake.set(f"mute_{muted}", attribute + 1)
+    fake.set("heuristic_first", first)
+    tensors = operands(problem())
+    check(blockdiag.linear, *tensors)
+    assert algorithm_of_forward(tensors) == algorithm
+
+
+@only_lt
 def test_no_split_sums_where_they_are_forbidden():
     fake.set("heuristic_first", 2)
     matmul = torch.backends.cuda.matmul

@@ -32,7 +32,7 @@ SWITCHES = [
         "heuristic_limit",
         "heuristic_first",
     ),
-    *("cost_21", "cost_31", "cost_66"),
+    *("cost_21", "cost_31", "cost_66", "mute_21", "mute_66"),
 ]
 
 

@@ -5,6 +5,7 @@
 #include "fake.h"
 
 #include <cublasLt.h>
+#include <cublas_v2.h>
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -231,6 +232,9 @@ FAKE_EXPORT cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(
     size_t* written
 ) {
   const auto& found = algorithm_of(algorithm);
+  if (option(("mute_" + std::to_string(found.id)).c_str()) == name + 1) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+  }
   int32_t value = 0;
   switch (name) {
     case CUBLASLT_ALGO_CONFIG_ID:
@@ -253,6 +257,10 @@ FAKE_EXPORT cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(
     *written = std::min(size, sizeof(value));
   }
   return CUBLAS_STATUS_SUCCESS;
+}
+
+FAKE_EXPORT cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+  return cublasCreate_v2(reinterpret_cast<cublasHandle_t*>(handle));
 }
 
 FAKE_EXPORT cublasStatus_t cublasLtMatmul(

@@ -13,6 +13,7 @@
 // wrong_ID          n: algorithm ID leaves out the rest of k that n parts of one size do not cover
 // unsteady_ID       1: it does so every other time
 // skips_ID          1: algorithm ID does nothing
+// mute_ID           n: algorithm ID does not have attribute n - 1 of cublasLtMatmulAlgoConfigAttributes_t
 // fails_ID          1: algorithm ID returns CUBLAS_STATUS_INTERNAL_ERROR
 #include "fake.h"
 

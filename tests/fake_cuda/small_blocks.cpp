@@ -14,7 +14,7 @@
 #include "emulated_cuda.h"
 
 #define run_small_blocks emulated_small_blocks
-#include "cuda/small_blocks.cu"
+#include "cuda/kernels/small_blocks.cu"
 #undef run_small_blocks
 
 namespace blockdiag::cuda {

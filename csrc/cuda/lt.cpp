@@ -7,8 +7,10 @@
 
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/cuda/detail/DeviceThreadHandles.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +22,24 @@ namespace {
 LruCache<Problem::Key, Plan, KeyHash>& plans() {
   static auto* cache = new LruCache<Problem::Key, Plan, KeyHash>(4096);
   return *cache;
+}
+
+void create_handle(cublasLtHandle_t* handle) {
+  // The stream may be captured, or another thread's.
+  const c10::cuda::CUDAStreamCaptureModeGuard guard(cudaStreamCaptureModeRelaxed);
+  const auto status = cublasLtCreate(handle);
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "blockdiag: cublasLtCreate returned ", cublasGetStatusName(status));
+}
+
+void keep_handle(cublasLtHandle_t /*handle*/) {} // at exit, CUDA may be gone before
+
+/// One for each thread and device, as ATen keeps its own. ATen's is that of cuBLAS: with it comes cuBLAS's workspace of the
+/// current stream, 32 MiB on some GPUs, which cuBLASLt does not use.
+cublasLtHandle_t handle_of(c10::DeviceIndex device) {
+  using Pool = at::cuda::DeviceThreadHandlePool<cublasLtHandle_t, create_handle, keep_handle>;
+  static const auto pool = std::make_shared<Pool>();
+  thread_local const std::unique_ptr<Pool::PoolWindow> window(pool->newPoolWindow());
+  return window->reserve(device);
 }
 
 /// The ways to add up parts of a sum that torch.backends.cuda.matmul and deterministic mode allow, as ATen takes them.
@@ -83,7 +103,7 @@ bool run(const Gemm& gemm, c10::ScalarType dtype, Epilogue epilogue, const Opera
       .workspace = static_cast<int64_t>(at::cuda::getCUDABlasLtWorkspaceSize()),
       .deterministic = at::globalContext().deterministicAlgorithms(),
   };
-  const cublasLtHandle_t handle = at::cuda::getCurrentCUDABlasLtHandle();
+  const cublasLtHandle_t handle = handle_of(static_cast<c10::DeviceIndex>(problem.device));
   auto plan = plans().find(problem.key());
   if (!plan) {
     auto made = make_plan(handle, problem);

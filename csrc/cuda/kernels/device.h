@@ -1,4 +1,4 @@
-// What the kernels of small_blocks.cu ask of a GPU; tests/cpp/emulated_cuda.h has the same for a CPU.
+// What the kernels ask of a GPU; tests/cpp/emulated_cuda.h has the same for a CPU.
 #pragma once
 
 #include <ATen/cuda/CUDAContextLight.h>

@@ -57,20 +57,22 @@ struct Caller {
   }
 };
 
-/// Whether the algorithm computes what it should. From 12.6.3 to 13.7.0 algorithm 66 sums wrongly if it splits k into parts
-/// that do not divide it (NVIDIA 6580689, mended in CUDA 13.4 Update 1).
-bool is_sound(const cublasLtMatmulAlgo_t& algorithm, const Caller& call) {
-  const auto read = [&](cublasLtMatmulAlgoConfigAttributes_t attribute) {
+/// Whether the algorithm is known to compute what it should. From 12.6.3 to 13.7.0 algorithm 66 sums wrongly if it splits k
+/// into parts that do not divide it (NVIDIA 6580689, fixed in CUDA 13.4 Update 1). What cannot be read is not trusted: not
+/// every algorithm has every attribute.
+bool is_sound(const cublasLtMatmulAlgo_t& algorithm, int64_t k) {
+  const auto read = [&](cublasLtMatmulAlgoConfigAttributes_t attribute) -> std::optional<int32_t> {
     int32_t value = 0;
     size_t written = 0;
-    call.check(
-        cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, sizeof(value), &written),
-        "cublasLtMatmulAlgoConfigGetAttribute"
-    );
-    return value;
+    const auto status = cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, sizeof(value), &written);
+    return status == CUBLAS_STATUS_SUCCESS && written == sizeof(value) ? std::optional(value) : std::nullopt;
   };
-  const int32_t splits = read(CUBLASLT_ALGO_CONFIG_SPLITK_NUM);
-  return splits <= 1 || read(CUBLASLT_ALGO_CONFIG_ID) != 66 || call.problem.gemm.k % splits == 0;
+  const auto id = read(CUBLASLT_ALGO_CONFIG_ID);
+  if (!id || *id != 66) {
+    return id.has_value();
+  }
+  const auto splits = read(CUBLASLT_ALGO_CONFIG_SPLITK_NUM);
+  return splits && (*splits <= 1 || k % *splits == 0);
 }
 
 } // namespace
@@ -133,7 +135,7 @@ std::optional<Plan> make_plan(cublasLtHandle_t handle, const Problem& problem) {
   }
   call.check(status, "cublasLtMatmulAlgoGetHeuristic");
   for (int i = 0; i < count; ++i) {
-    if (found[i].state == CUBLAS_STATUS_SUCCESS && is_sound(found[i].algo, call)) {
+    if (found[i].state == CUBLAS_STATUS_SUCCESS && is_sound(found[i].algo, gemm.k)) {
       plan.candidates.push_back({found[i].algo, found[i].workspaceSize});
     }
   }

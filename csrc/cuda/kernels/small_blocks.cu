@@ -1,0 +1,153 @@
+// Small blocks on tensor cores: both kernels are bound by memory, so all that matters is how data moves.
+//
+// Nothing passes through shared memory on its way to the tensor cores: operands go from global memory to the registers of
+// the threads that multiply them, and back, in vectors of up to 16 bytes. That takes a permutation. In mma.m16n8k16 thread
+// (r, q) = (lane / 4, lane % 4) holds the elements 2q, 2q + 1, 2q + 8 and 2q + 9 of rows r and r + 8 of A and of column r of
+// B, and of the result rows r and r + 8 in columns 2q and 2q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating
+// point type"). A sum does not depend on the order of its terms, nor a row of a product on those beside it: so thread q takes
+// eight neighbors in memory for its share of two mma's, as long as both operands do, and rows are dealt out to mma's such
+// that a thread's results are neighbors too.
+//
+// Pairs of elements share a register, the first in its lower half. Elements outside of a matrix are zeros, never read.
+#include "../small_blocks.h"
+
+#include "small_blocks_rows.h"
+#include "small_blocks_sum.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+namespace blockdiag::cuda {
+namespace {
+
+constexpr int64_t kMaxSize = 64;
+constexpr int64_t kMaxBatch = std::numeric_limits<int32_t>::max() / 4; // a grid's thread blocks, up to 4 for each block
+constexpr int64_t kPartRows = 256;                                     // to be measured: rows of a part
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+/// Whether vectors of `elements`, which start at multiples of it in rows of `size`, are aligned and end where rows end.
+bool is_wide(const void* pointer, const Operand& operand, int64_t batch, int64_t size, int64_t elements) {
+  const auto offsets = reinterpret_cast<uintptr_t>(pointer) / 2 | static_cast<uint64_t>(size | operand.ld) |
+                       static_cast<uint64_t>(batch > 1 ? operand.stride : 0);
+  return reinterpret_cast<uintptr_t>(pointer) % 2 == 0 && offsets % elements == 0;
+}
+
+/// Calls `function` with the constant 16, 32 or 64 that `size` fits in.
+template <typename Function>
+void with_width(int64_t size, const Function& function) {
+  if (size <= 16) {
+    function(std::integral_constant<int, 16>());
+  } else if (size <= 32) {
+    function(std::integral_constant<int, 32>());
+  } else {
+    function(std::integral_constant<int, 64>());
+  }
+}
+
+template <typename T, int kK, int kM, bool kWide>
+void run_rows(Problem p, int64_t processors) {
+  p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kM / 8);
+  // As many warps as have room at once; but rather tiles enough for each to be worth its W, if that leaves 4 warps for each
+  // multiprocessor.
+  const int64_t tiles = divide_up(p.gemm.n, 8), batch = p.gemm.batch;
+  const int64_t most = processors * kRowBlocks<kK, kM> * kRowWarps / batch;
+  const int64_t enough = std::max(divide_up(tiles, kRowAhead<kK>), 4 * processors / batch);
+  p.parts = std::clamp<int64_t>(std::min(most, enough), 1, tiles);
+  p.parts = divide_up(tiles, divide_up(tiles, p.parts)); // the same number of tiles for all
+  const int64_t warps = std::min({divide_up(p.parts * batch, processors), p.parts, int64_t{kRowWarps}});
+  p.parts = divide_up(p.parts, warps) * warps;
+  launch(row_kernel<T, kK, kM, kWide>, batch, p.parts / warps, warps * 32, 0, p);
+}
+
+template <typename T, int kI, int kJ, bool kWide>
+void run_sum(Problem p, int64_t processors) {
+  p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kI);
+  p.tiles_i = p.gemm.m > 32 ? 2 : 1;
+  p.tiles_j = p.gemm.n > 32 ? 2 : 1;
+  const int64_t blocks = p.gemm.batch * p.tiles_i * p.tiles_j;
+  if (p.parts = 1; p.gemm.k >= small_blocks_split_rows()) {
+    p.parts = std::clamp<int64_t>(2 * processors / blocks, 1, std::max<int64_t>(p.gemm.k / kPartRows, 1));
+  }
+  const int64_t tiles = divide_up(p.gemm.k, 16 * p.parts);
+  const int64_t shares = std::clamp<int64_t>(divide_up(tiles, kSumAhead<kI, kJ>), 1, kSumWarps);
+  constexpr int64_t kBytes = kShareFloats<kI, kJ> * sizeof(float);
+  c10::DataPtr partial; // of the caching allocator, which knows of streams and of graph capture
+  if (p.parts > 1) {
+    partial = c10::cuda::CUDACachingAllocator::get()->allocate(p.parts * blocks * kBytes);
+    p.partial = static_cast<float*>(partial.get());
+  }
+  launch(sum_kernel<T, kI, kJ, kWide>, blocks, p.parts, shares * 32, shares * kBytes, p);
+  if (p.parts > 1) {
+    launch(add_parts_kernel<T, kI, kJ>, blocks, divide_up(kShareVectors<kJ>, 128), 128, 0, p);
+  }
+}
+
+template <typename T>
+bool run(const Problem& p, int64_t processors) {
+  const auto& [m, n, k, batch, a, b, c] = p.gemm;
+  if (!b.transpose && m <= kMaxSize && k <= kMaxSize && p.bias_grad == nullptr) {
+    with_width(k, [&](auto width_k) {
+      with_width(m, [&](auto width_m) {
+        constexpr int kK = width_k, kM = width_m, kSquare = std::max(kK, kM);
+        const int64_t of_a = a.transpose ? kPiece<kK> * 2 : kM / 8;
+        if (is_wide(p.b, b, batch, k, kPiece<kK> * 2) && is_wide(p.a, a, batch, a.transpose ? k : m, of_a)) {
+          run_rows<T, kK, kM, true>(p, processors);
+        } else {
+          run_rows<T, kSquare, kSquare, false>(p, processors);
+        }
+      });
+    });
+    return true;
+  }
+  if (!a.transpose && b.transpose && m <= kMaxSize && n <= kMaxSize && p.bias == nullptr) {
+    with_width(std::min<int64_t>(m, 32), [&](auto width_m) {
+      with_width(std::min<int64_t>(n, 32), [&](auto width_n) {
+        constexpr int kI = std::min<int>(width_m, 32) / 8, kJ = std::min<int>(width_n, 32) / 8;
+        if (is_wide(p.a, a, batch, m, kI) && is_wide(p.b, b, batch, n, kJ)) {
+          run_sum<T, kI, kJ, true>(p, processors);
+        } else {
+          run_sum<T, 4, 4, false>(p, processors);
+        }
+      });
+    });
+    return true;
+  }
+  return false;
+}
+
+} // namespace
+
+std::atomic<int64_t>& small_blocks_split_rows() {
+  static std::atomic<int64_t> rows = 1024;
+  return rows;
+}
+
+bool run_small_blocks(
+    const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, const void* bias, void* c, void* bias_grad
+) {
+  const auto& device = *at::cuda::getCurrentDeviceProperties();
+  if (device.major < 8 || gemm.batch > kMaxBatch || gemm.c.transpose) {
+    return false;
+  }
+  Problem p{};
+  p.gemm = gemm;
+  p.a = static_cast<const uint16_t*>(a);
+  p.b = static_cast<const uint16_t*>(b);
+  p.bias = static_cast<const uint16_t*>(bias);
+  p.c = static_cast<uint16_t*>(c);
+  p.bias_grad = static_cast<uint16_t*>(bias_grad);
+  switch (dtype) {
+    case c10::kHalf:
+      return run<c10::Half>(p, device.multiProcessorCount);
+    case c10::kBFloat16:
+      return run<c10::BFloat16>(p, device.multiProcessorCount);
+    default:
+      return false;
+  }
+}
+
+} // namespace blockdiag::cuda
