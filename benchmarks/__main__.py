@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks import goals, report, runs
+from benchmarks import decision, goals, report, runs
 from benchmarks.ceilings import floor_us, measure_ceiling
 from benchmarks.compare import compare, differences
-from benchmarks.contestants import COMPILED, CONTESTANTS, CUDA_VARIANTS
+from benchmarks.contestants import COMPILED, CONTESTANTS, CUDA_VARIANTS, LIBRARIES
 from benchmarks.suites import Problem, Suite, make_suites
 from benchmarks.timing import PRECISIONS, measure
 from blockdiag.__main__ import report as blockdiag_report
@@ -90,11 +90,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     add("--show", type=Path, metavar="JSON", help="measure nothing, show this")
     goals_help = "measure nothing, hold these together against the goals on a GPU: exit with 1 if ours misses one"
     add("--goals", type=Path, metavar="JSON", nargs="+", help=goals_help)
+    decide_help = "measure nothing, show what this says of the library that is to compute on a GPU"
+    add("--decide", type=Path, metavar="JSON", help=decide_help)
     add("--markdown", action="store_true", help="print Markdown tables, and nothing else, to standard output")
     arguments = parser.parse_args(argv)
-    if arguments.goals or arguments.show:
+    if arguments.goals or arguments.show or arguments.decide:
         if arguments.output:
-            parser.error("--show and --goals measure nothing, so there is no --output to write")
+            parser.error("--show, --goals and --decide measure nothing, so there is no --output to write")
     else:
         if arguments.device == "cuda" and not cuda:
             parser.error("--device cuda, but torch finds no GPU")
@@ -139,9 +141,9 @@ def describe_environment(device: str) -> dict[str, str]:
 
 
 def contestants_of(suite: Suite, mode: str, device: str, chosen: list[str] | None) -> list[str]:
-    """Ours and the loop always run: they are what the others are set against."""
+    """Ours always runs, and unless the suite leaves it out the loop: they are what the others are set against."""
     variants = CUDA_VARIANTS if device == "cuda" and mode != "compiled" else ()
-    wanted = {"ours", "loop", *(chosen or (*(suite.contestants or CONTESTANTS), *variants))}
+    wanted = {"ours", "loop", *chosen} if chosen else {"ours", *(suite.contestants or (*CONTESTANTS, *LIBRARIES))}
     return [name for name in (*(COMPILED if mode == "compiled" else CONTESTANTS), *variants) if name in wanted]
 
 
@@ -238,7 +240,7 @@ def show(content: runs.Content, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 for a regression, 130 after Ctrl-C; exits with 2 for what cannot be done."""
+    """Returns the exit status: 0, 1 for a regression or if ours failed, 130 after Ctrl-C; exits with 2 for bad input."""
     parser, arguments = parse_arguments(argv)
     if arguments.plots:
         try:
@@ -250,6 +252,9 @@ def main(argv: list[str] | None = None) -> int:
             text, met = goals.report([runs.load(path) for path in arguments.goals])
             print(text)
             return 0 if met else 1
+        if arguments.decide:
+            print(decision.report(runs.load(arguments.decide)))
+            return 0
         old = runs.load(arguments.compare) if arguments.compare else None
         content = _part(runs.load(arguments.show), arguments) if arguments.show else None
         if arguments.output:
@@ -276,8 +281,9 @@ def main(argv: list[str] | None = None) -> int:
     if not finished:
         print("Interrupted: what was measured so far is shown and written.", file=sys.stderr)
         return 130
+    failed = any("failed" in entry for case in content["cases"] for entry in case["contestants"].values())
     if old is None:
-        return 0
+        return int(failed)
     for difference in differences(old, content):
         print(f"Warning: the environments differ. {difference}", file=sys.stderr)
     try:
@@ -287,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Compared with {arguments.compare}: {number} cases, {len(regressions)} slower beyond the spread")
     for regression in regressions:
         print(f"  {regression}")
-    return 1 if regressions else 0
+    return 1 if regressions or failed else 0
 
 
 if __name__ == "__main__":

@@ -241,18 +241,24 @@ def packed_einsum(weight: Tensor, bias: Tensor):
 
 
 @contextmanager
-def _cuda_gemm(library: str, tuned: bool = False) -> Iterator[None]:
-    """Within it, `library` computes ours on CUDA, by the algorithms that are fastest here if `tuned`."""
+def _cuda_gemm(library: str, tuned: bool = False, split_rows: int | None = None) -> Iterator[None]:
+    """Within it, `library` computes ours on CUDA, by the algorithms that are fastest here if `tuned`.
+
+    `split_rows`: the rows from which on small blocks' sums over the batch are split.
+    """
     for name in ("preferred_cuda_gemm", *(["tune"] if tuned else [])):
         if not hasattr(blockdiag, name):
             raise NotImplementedError(f"this blockdiag has no {name}")
     before = blockdiag.preferred_cuda_gemm()
     blockdiag.preferred_cuda_gemm(library)
+    rows_before = None if split_rows is None else blockdiag._C.small_blocks_split_rows(split_rows)
     try:
         with blockdiag.tune() if tuned else nullcontext():
             yield
     finally:
         blockdiag.preferred_cuda_gemm(before)
+        if rows_before is not None:
+            blockdiag._C.small_blocks_split_rows(rows_before)
 
 
 # Ours computed by something else than the default, on CUDA: contestants as those above.
@@ -260,7 +266,10 @@ CUDA_VARIANTS: dict[str, Callable[[], AbstractContextManager]] = {
     "ours_lt": lambda: _cuda_gemm("cublaslt"),
     "ours_tuned": lambda: _cuda_gemm("cublaslt", tuned=True),
     "ours_small": lambda: _cuda_gemm("small_blocks"),
+    "ours_unsplit": lambda: _cuda_gemm("small_blocks", split_rows=1 << 62),
 }
+OURS = ("ours", *CUDA_VARIANTS)
+LIBRARIES = ("ours_lt", "ours_tuned", "ours_small")  # the variants that run where a suite names no contestants
 
 
 def context_of(name: str) -> AbstractContextManager:

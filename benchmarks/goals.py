@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from benchmarks.contestants import CUDA_VARIANTS
+from benchmarks.contestants import OURS
 from benchmarks.report import aligned
 from benchmarks.runs import Case, Content, best_other, median_us, problem_of, speedup, times_of
 from benchmarks.timing import PRECISIONS
@@ -31,7 +31,7 @@ def _speedup(case: Case, name: str, over: str, goal: float) -> Value | None:
 
 
 def _fastest(case: Case, name: str) -> Value | None:
-    if case["suite"] != "ensemble" or case["precision"] != "amp-float16":
+    if case["suite"] != "ensemble" or case["precision"] != "amp-float16" or case["mode"] != "graph":
         return None
     best = best_other(case, name)
     return _speedup(case, name, best, 0.97) if best else None
@@ -43,11 +43,6 @@ def _loop_of_16(case: Case, name: str) -> Value | None:
     if not applies or case["precision"] != "amp-float16" or case["mode"] != "eager":
         return None
     return _speedup(case, name, "loop", 5.0)
-
-
-def _one_block(case: Case, name: str) -> Value | None:
-    applies = case["suite"] == "ensemble" and problem_of(case).num_blocks == 1
-    return _speedup(case, name, "dense", 0.95) if applies and case["precision"] == "amp-float16" else None
 
 
 def _published(case: Case, name: str) -> Value | None:
@@ -78,7 +73,8 @@ def _kernels(case: Case) -> int:
 
 
 def _small(case: Case, name: str) -> Value | None:
-    if case["suite"] == "overhead" or case["floor_us"] > LARGE_FLOOR_US:
+    """Of graphs: in eager mode such a problem takes the time that the host needs to call it."""
+    if case["suite"] == "overhead" or case["mode"] != "graph" or case["floor_us"] > LARGE_FLOOR_US:
         return None
     kernels = KERNEL_US * _kernels(case)
     against = "floor" if case["floor_us"] > kernels else f"{kernels:g} us"
@@ -110,7 +106,6 @@ def _host(case: Case, name: str) -> Value | None:
 GOALS: dict[str, Goal] = {
     "(a) the fastest": _fastest,
     "(a) 5 times the loop at G=16, K<=512": _loop_of_16,
-    "(a) G=1: F.linear": _one_block,
     "(b) faster than A, B and C": _published,
     "(c) the loop": _recommender,
     f"floor over {LARGE_FLOOR_US:g} us": _large,
@@ -154,7 +149,7 @@ def report(contents: list[Content]) -> tuple[str, bool]:
         raise ValueError(f"the goals are of one GPU, but the results are of: {', '.join(sorted(devices))}")
     cases = [case for content in contents for case in content["cases"]]
     texts, met = [], True
-    for name in ("ours", *CUDA_VARIANTS):
+    for name in OURS:
         of_name = [case for case in cases if name in times_of(case)]
         if not of_name:
             continue

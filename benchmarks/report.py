@@ -61,12 +61,17 @@ def _over(case: Case, name: str | None) -> float | None:
 
 
 def skips(cases: list[Case]) -> str:
-    """Who did not run, why, and at how many problems."""
+    """Who did not run or failed, why, and at how many problems."""
     reasons = [
-        (name, entry["skipped"]) for case in cases for name, entry in case["contestants"].items() if "skipped" in entry
+        (name, word, entry[key])
+        for key, word in (("failed", "FAILED"), ("skipped", "not run"))
+        for case in cases
+        for name, entry in case["contestants"].items()
+        if key in entry
     ]
     return "\n".join(
-        f"  {name} not run at {reasons.count((name, reason))}: {reason}" for name, reason in dict.fromkeys(reasons)
+        f"  {name} {word} at {reasons.count((name, word, reason))}: {reason}"
+        for name, word, reason in dict.fromkeys(reasons)
     )
 
 

@@ -6,7 +6,8 @@
   "ceilings": [{"dtype", "threads", "operations_per_second", "bytes_per_second"}, ...],
   "cases": [{"suite", "problem": {"batch", "num_blocks", "in_block", "out_block"},
              "precision", "pass", "mode", "threads", "floor_us",
-             "contestants": {name: {"times_us": [...], "peak_bytes"} or {"skipped": reason}}}, ...],
+             "contestants": {name: {"times_us": [...], "peak_bytes"} or {"skipped": reason}
+                             or of ours {"failed": reason}}}, ...],
   "left_out": [{"suite", "problem", "precision", "pass", "mode", "threads"}, ...]     for want of time
 }
 
@@ -18,7 +19,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import CUDA_VARIANTS
+from benchmarks.contestants import OURS
 from benchmarks.suites import Problem
 
 Case = dict[str, Any]
@@ -92,7 +93,7 @@ def speedup(case: Case, of: str, over: str) -> float:
 
 def best_other(case: Case, ours: str = "ours") -> str | None:
     """The fastest contestant beside ours and its variants, relative to one of these."""
-    others = [name for name in times_of(case) if name not in ("ours", *CUDA_VARIANTS)]
+    others = [name for name in times_of(case) if name not in OURS]
     return min(others, key=lambda name: speedup(case, ours, name), default=None)
 
 

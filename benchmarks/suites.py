@@ -21,7 +21,7 @@ class Suite(NamedTuple):
 
     Attributes:
         problems: without repetitions.
-        contestants: names; empty for all.
+        contestants: names; empty for all, with the libraries that may compute ours on CUDA.
         rotate: operands are exchanged for copies from run to run, so that they come from memory, not from the cache.
         host: on a GPU, the time is that of the call, without waiting for the GPU.
     """
@@ -36,6 +36,9 @@ class Suite(NamedTuple):
 # the slowest by far here, and the fastest below 8 blocks ("A (sometimes) faster alternative to a list of nn.Linear
 # layers").
 PUBLISHED = Problem(128, 32, 32, 32)
+
+# Per-group networks of a recommender: the largest problem of all.
+RECOMMENDER = Problem(2560, 12, 1024, 3072)
 
 SMALL = [
     # The points at which the other ways to write the layer were first compared.
@@ -83,7 +86,7 @@ QUICK = {
         Problem(128, 4, 512, 512),
         Problem(128, 32, 32, 32),
         Problem(2048, 32, 32, 32),
-        Problem(2560, 12, 1024, 3072),
+        RECOMMENDER,
     ],
 }
 
@@ -105,6 +108,17 @@ def make_suites(device: str) -> dict[str, Suite]:
     # 64 -> 64 features: how the time grows with the blocks and with the batch.
     scaling = [Problem(128, 2**exponent, 64, 64) for exponent in range(9)]
     scaling += [Problem(2**exponent, 16, 64, 64) for exponent in range(5, 16) if exponent != 7]
+    # What decides which library computes on a GPU: benchmarks/decision.py.
+    libraries = ("ours", "ours_lt", "ours_tuned", "ours_small")
+    deciding = (*libraries, "loop", "dense", "bmm_out")
+    of_decision = [Problem(128, num_blocks, size, size) for num_blocks in (16, 1, 4) for size in sizes[:5]]
+    of_decision[1:1] = [Problem(128, num_blocks, 32, 32) for num_blocks in (32, 8, 2)] + [Problem(2048, 32, 32, 32)]
+    long_sums = [
+        Problem(2048, 32, 32, 32),
+        Problem(2048, 16, 64, 64),
+        Problem(8192, 4, 64, 64),
+        Problem(8192, 8, 16, 16),
+    ]
     # The call: at size 1 nothing but it takes time, and on a GPU that is not waited for at larger sizes either.
     calls = [Problem(1, 1, 1, 1), *([Problem(128, 1, 64, 64), Problem(128, 16, 64, 64)] if device == "cuda" else [])]
     return {
@@ -112,9 +126,12 @@ def make_suites(device: str) -> dict[str, Suite]:
         # In the order of what tells most, for runs that end early.
         "ensemble": Suite([Problem(128, num_blocks, size, size) for num_blocks in (16, 1, 4, 8, 2) for size in sizes]),
         "partitioned": Suite(_partitioned()),
-        "recommender": Suite([Problem(2560, 12, 1024, 3072)]),
+        "recommender": Suite([RECOMMENDER]),
         "small": Suite(SMALL),
         # dense is F.linear.
         "overhead": Suite(calls, contestants=("ours", "loop", "dense"), rotate=False, host=True),
+        "decision": Suite(of_decision, contestants=deciding),
+        "decision_large": Suite([RECOMMENDER], contestants=deciding),
+        "decision_split": Suite(long_sums, contestants=("ours", "ours_small", "ours_unsplit")),
         "scaling": Suite(scaling, contestants=("ours", "loop", "einsum", "baddbmm", "bmm_out")),
     }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.contestants import Forward, context_of, make_contestant
+from benchmarks.contestants import OURS, Forward, context_of, make_contestant
 from benchmarks.suites import Problem
 
 # By device: a GPU's time is scarce, and its clock, which its events read, is precise.
@@ -175,15 +175,18 @@ class _Replay(NamedTuple):
 
 def _capture(step: Step, copies: int) -> tuple[Step, Any]:
     """A function that replays one run of `step` on each copy of the operands, as one CUDA graph; the last's results."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         step()  # for what each stream has its own of, as cuBLAS's workspace
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(copies):
-            results = step()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(copies):
+                results = step()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
     graph.replay()
     return _Replay(graph, step), results
 
@@ -296,11 +299,8 @@ def measure(
     Returns:
         For each contestant, {"times_us", "peak_bytes"}: microseconds of one run in each round, fewer for one that has
         run for CASE_SECONDS, and the most bytes that torch held beyond the operands, in eager mode with cuBLAS's
-        workspace; or {"skipped": why it does not apply, or in what it is wrong}.
-
-    Raises:
-        AssertionError: our result is not that of the float64 reference, to the precision's tolerance.
-        RuntimeError: ours failed, for another reason than a lack of memory.
+        workspace; or {"skipped": why it does not apply, or in what it is wrong}; or of ours {"failed": in what it is
+        wrong, or its error}, but for a lack of memory.
     """
     rotated_bytes = 2 * cache_bytes(device) if rotate else 0
     results: dict[str, dict[str, Any]] = {}
@@ -339,9 +339,10 @@ def measure(
                             del replayed
                     results[name] = {"times_us": [1e6 * seconds], "peak_bytes": peak_bytes}
             except (AssertionError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
-                if name == "ours" and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                results[name] = {"skipped": _reason(error)}
+                # A variant may not be there, in a build without CUDA say.
+                excused = (torch.OutOfMemoryError, *([NotImplementedError] if name != "ours" else []))
+                failed = name in OURS and not isinstance(error, excused)
+                results[name] = {"failed" if failed else "skipped": _reason(error)}
                 steps.pop(name, None)
         runs = copies if mode == "graph" else 1  # in one call of a step
         for name, times in _time_rounds(steps, rounds, case_seconds, device, host).items():

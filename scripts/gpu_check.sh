@@ -1,37 +1,50 @@
 #!/usr/bin/env bash
-# Checks and times blockdiag on a machine with an NVIDIA GPU, without a network: scripts/gpu_check.sh OUT_DIR [PART]
+# Checks and times blockdiag on a machine with an NVIDIA GPU, without a network: scripts/gpu_check.sh OUT_DIR PART
 #
-# Needs nvcc, and a python3 with a CUDA build of torch, ninja, pybind11, setuptools, pytest, hypothesis and tqdm. Builds a
-# copy of this source tree with that python3 (in $TMPDIR, where the next call finds what is compiled), and runs
+#   first              at most 270 s: which libraries are right, which is to be the default, and the tests by each library
+#   second [FAILURES]  at most 320 s: the tests that failed in first, by its failures.txt; compute-sanitizer on our own
+#                      kernels; the benchmark as the goals have it
+#   time SUITE...      at most 440 s: further suites, as python -m benchmarks --suites names them
 #
-#   all        (default) tests by each library, compute-sanitizer, suites (a), (b) and (c) as the goals have them
-#   tests      of these the tests and compute-sanitizer
-#   ensemble   suite (a) in fp16 and bf16, with and without autocast, against every contestant
-#   published  suite (b) in these
-#   more       the other suites in these, and the README's problems in float32
+# Takes the module in build/gpu where it fits (scripts/gpu_build.sh), or builds one, which takes a minute of the first part. Needs
+# a python3 with a CUDA build of torch, pytest, hypothesis and tqdm; to build also nvcc, ninja, pybind11 and setuptools.
+# A step is ended at its limit, and one that fails does not keep the others from running. All of them write as they go.
+# Leaves 8 files at most in OUT_DIR:
 #
-# Each takes under 9 minutes: a step is ended at its limit, and one that fails does not keep the others from running. The
-# tests fail where they would be skipped for want of a GPU. Leaves in OUT_DIR, 8 files at most:
-#
-#   report.txt         versions, devices, driver      build.log, tests.log, sanitizer.log   what these printed
-#   PART.json ...      all numbers, with device, driver, torch, cuBLAS and commit
-#   timing.log         the tables                     goals.txt   which goals are met, for each variant of ours
+#   report.txt         build, versions, devices, driver     subset.log, tests-LIBRARY.log, sanitizer.log   as printed
+#   decision.txt       the winner at each problem, and what the rule makes of it; from decision.json
+#   failures.txt       every failed test with its library and traceback
+#   timing.log         the tables       goals.txt   which goals are met, for each variant of ours; from the other JSON files
 #
 # Exits with 0 only if all steps passed; a goal that is missed is no failure.
 set -uo pipefail
+. "$(dirname "$0")/gpu_common.sh"
 
-part=${2:-all}
-case $# in 1 | 2) ;; *) part= ;; esac
-case $part in all | tests | ensemble | published | more) ;; *)
-  echo "usage: $0 OUT_DIR [all|tests|ensemble|published|more]" >&2
+usage() {
+  sed -n '2,8s/^# //p' "$0" >&2
   exit 2
-  ;;
+}
+[ $# -ge 2 ] || usage
+out=$1 part=$2
+shift 2
+case $part:$# in
+  first:0) limit=270 ;;
+  second:[01]) limit=320 ;;
+  time:[1-9]*) limit=440 ;;
+  *) usage ;;
 esac
-mkdir -p "$1"
-out=$(realpath "$1")
-root=$(realpath "$(dirname "$0")/..")
-BLOCKDIAG_COMMIT=${BLOCKDIAG_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)}
-export BLOCKDIAG_COMMIT FAIL_WITHOUT_CUDA=1 FAIL_WITHOUT_CUDA_BUILD=1
+[ "$part" != second ] || [ $# = 0 ] || [ -r "$1" ] || usage
+[ "$part" != second ] || failures_of_first=${1:+$(realpath "$1")}
+mkdir -p "$out"
+out=$(realpath "$out")
+rm -f "$out"/*.log "$out"/*.txt "$out"/*.json
+
+BLOCKDIAG_COMMIT=${BLOCKDIAG_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || true)}
+if [ -z "$BLOCKDIAG_COMMIT" ]; then # a copy without its history
+  BLOCKDIAG_COMMIT=$(cat "$prebuilt/commit" 2>/dev/null || echo unknown)
+  [ "$(cat "$prebuilt/tree" 2>/dev/null)" = "$(tree_digest)" ] || BLOCKDIAG_COMMIT+=-modified
+fi
+export BLOCKDIAG_COMMIT FAIL_WITHOUT_CUDA=1 FAIL_WITHOUT_CUDA_BUILD=1 PYTHONUNBUFFERED=1
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 # Nothing that a user set is to choose for the tests.
 unset BLOCKDIAG_CUDA_GEMM BLOCKDIAG_TUNE
@@ -39,15 +52,14 @@ unset BLOCKDIAG_CUDA_GEMM BLOCKDIAG_TUNE
 work=${TMPDIR:-/tmp}/blockdiag-gpu-check-$UID
 mkdir -p "$work"
 find "$work" -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
-(cd "$root" &&
-  tar -cf - VERSION README.md LICENSE CMakeLists.txt setup.py pyproject.toml csrc blockdiag tests benchmarks) |
-  tar -xf - -C "$work"
+copy_tree "$work"
 cd "$work" || exit 1
-rm -f blockdiag/_C*
+left() { echo $((limit - SECONDS > 5 ? limit - SECONDS : 5)); }
+at_most() { echo $(($(left) < $1 ? $(left) : $1)); }
 failed=()
 
 step() { # LIMIT LOG NAME COMMAND...: the end of what it prints is shown
-  echo "== $3"
+  printf '== %s (%d s in)\n' "$3" "$SECONDS"
   local from=0
   [ ! -e "$out/$2" ] || from=$(wc -l <"$out/$2")
   echo "== $3: ${*:4}" >>"$out/$2"
@@ -55,76 +67,132 @@ step() { # LIMIT LOG NAME COMMAND...: the end of what it prints is shown
   tail -n "+$((from + 2))" "$out/$2" | tail -n 12 | cut -c 1-200
 }
 
-rm -f "$out"/*.log "$out/report.txt" "$out/goals.txt"
-echo "== build ($BLOCKDIAG_COMMIT)"
-FORCE_CUDA=1 timeout 85 python3 setup.py build_ext --inplace >"$out/build.log" 2>&1 || {
-  tail -n 30 "$out/build.log"
-  exit 1
+beside() { # LIMIT LOG NAME COMMAND...: in the background; join waits for all of them
+  rm -f "$work/status-$3"
+  (
+    timeout --signal=INT --kill-after=5 "$1" "${@:4}" 2>&1 | sed -u "s/^/$3: /" >>"$out/$2"
+    echo "${PIPESTATUS[0]}" >"$work/status-$3"
+  ) &
 }
-grep -E "^blockdiag .*building" "$out/build.log"
+join() { # LOG NAME...: the last line of each
+  wait
+  local name status
+  for name in "${@:2}"; do
+    status=$(cat "$work/status-$name" 2>/dev/null || echo unknown)
+    [ "$status" = 0 ] || failed+=("$name: status $status")
+    grep "^$name: " "$out/$1" | tail -n 1 | cut -c 1-200
+  done
+}
+
+# ---- the module, and where it runs
+
+works() { python3 -c "import blockdiag; exit(blockdiag.build_info()['cuda'] == 'none')"; }
 {
+  echo "== module ($BLOCKDIAG_COMMIT)"
+  if [ "$(cat "$prebuilt/digest" 2>/dev/null)" = "$(compiled_digest)" ] && cp "$prebuilt"/_C*.so blockdiag && works; then
+    echo "taken from build/gpu"
+  else
+    rm -f blockdiag/_C*
+    echo "built here"
+    FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} timeout 100 \
+      python3 setup.py -q build_ext --inplace && works || echo "FAILED"
+  fi 2>&1
   python3 -m blockdiag
   nvidia-smi
-} 2>&1 | tee "$out/report.txt"
+} 2>&1 | tee "$out/report.txt" | tail -n 60
+works 2>/dev/null || exit 1
 
-tests() { # LIMIT NAME ARGUMENT...: on several processes where pytest can, which share the cores
+tests() { # LIMIT LIBRARY ARGUMENT...
   local processes=()
-  ! python3 -c "import xdist" 2>/dev/null || processes=(-n 8)
-  OMP_NUM_THREADS=2 step "$1" tests.log "$2" \
-    python3 -m pytest -q -p no:cacheprovider "${processes[@]}" -k cuda "${@:3}"
+  ! python3 -c "import xdist" 2>/dev/null || processes=(-n 5 --dist worksteal)
+  FAILURES=$out/failures.txt OMP_NUM_THREADS=1 BLOCKDIAG_CUDA_GEMM=$2 \
+    beside "$1" "tests-$2.log" "$2" python3 -m pytest -q -p no:cacheprovider "${processes[@]}" "${@:3}"
 }
 
-sanitizer() { # LIMIT TOOL LIBRARIES OPTION...
-  local tool folder
-  for folder in "" "${CUDA_HOME:-/usr/local/cuda}/bin/" "${CUDA_HOME:-/usr/local/cuda}/compute-sanitizer/"; do
-    tool=$(command -v "${folder}compute-sanitizer") && break
+benchmark() { # SECONDS NAME ARGUMENT...: INT is Ctrl-C, what was measured until then is kept
+  local minutes
+  minutes=$(python3 -c "print(max($1 - 15, 1) / 60)") # a case or two, and the start
+  step "$1" timing.log "$2" \
+    python3 -m benchmarks --device cuda --rounds 7 --max-minutes "$minutes" --output "$out/$2.json" "${@:3}"
+  [ -s "$out/$2.json" ] || rm -f "$out/$2.json" # killed before it could write
+}
+
+libraries=(cublas cublaslt small_blocks)
+
+first() {
+  local library subset=(small_blocks cublas cublaslt tuned)
+  for library in "${subset[@]}"; do
+    beside 45 subset.log "$library" python3 tests/gpu_subset.py "$library"
   done
-  if [ -z "$tool" ]; then
-    echo "== $2: not run, there is no compute-sanitizer here" | tee -a "$out/report.txt"
-    return
-  fi
-  # Tensors side by side in torch's cache would hide reads beyond one of them; calls that torch makes to find out what a
-  # driver supports fail as they should.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" sanitizer.log "$2" "$tool" --tool "$2" --error-exitcode 9 \
-    --report-api-errors no "${@:4}" python3 tests/gpu_subset.py $3
-}
+  join subset.log "${subset[@]}"
 
-all_tests() { # together 295 s
+  benchmark "$(at_most 110)" decision --modes graph --suites \
+    decision:float16 decision_large:bfloat16 decision_split:float16 decision:amp-float16
+  mv "$out/timing.log" "$out/decision.txt"
+  python3 -m benchmarks --decide "$out/decision.json" >>"$out/decision.txt" 2>&1
+  sed -n '/^of  /,$p' "$out/decision.txt"
+
   local of_op=(tests/test_{linear,random,autograd,autocast,cuda,memory}.py)
-  tests 115 tests
-  BLOCKDIAG_CUDA_GEMM=cublaslt tests 35 tests-cublaslt "${of_op[@]}"
-  BLOCKDIAG_CUDA_GEMM=small_blocks tests 35 tests-small_blocks "${of_op[@]}"
-  # Few problems, in one process: each new one is measured.
-  BLOCKDIAG_CUDA_GEMM=cublaslt BLOCKDIAG_TUNE="$work/tune.json" step 20 tests.log tests-tuned \
-    python3 -m pytest -q -p no:cacheprovider -k "cuda and (B128 or B33)" tests/test_linear.py
-  sanitizer 45 memcheck ""
-  # cuBLAS's kernels are NVIDIA's to check.
-  sanitizer 25 racecheck small_blocks --kernel-name kns=blockdiag
-  sanitizer 20 synccheck small_blocks --kernel-name kns=blockdiag
+  local rest=$(($(left) - 10)) # what is interrupted still says what failed
+  tests "$rest" cublas -m cuda tests
+  tests "$rest" cublaslt -m cuda "${of_op[@]}"
+  tests "$rest" small_blocks -m cuda "${of_op[@]}"
+  for library in "${libraries[@]}"; do
+    join "tests-$library.log" "$library"
+  done
 }
 
-time_it() { # LIMIT MINUTES NAME ARGUMENT...: INT is Ctrl-C, what was measured until then is kept
-  step "$1" timing.log "$3" python3 -m benchmarks --device cuda --rounds 7 --max-minutes "$2" --output "$out/$3.json" "${@:4}"
-  [ -s "$out/$3.json" ] || rm -f "$out/$3.json" # killed before it could write
+sanitize() { # LIMIT TOOL
+  # Tensors side by side in torch's cache would hide reads beyond one of them; calls that torch makes to find out what a
+  # driver supports fail as they should. cuBLAS's kernels are NVIDIA's to check.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 beside "$1" sanitizer.log "$2" "$sanitizer" --tool "$2" --error-exitcode 9 \
+    --report-api-errors no --target-processes application-only --launch-timeout 60 --kernel-name kns=blockdiag \
+    python3 tests/gpu_subset.py small_blocks
 }
 
-halves=amp-float16,float16,bfloat16,amp-bfloat16
-of_published=(dense masked_dense ours_lt ours_tuned ours_small)
+second() {
+  local library tool folder sanitizer
+  if [ -n "$failures_of_first" ]; then
+    for library in "${libraries[@]}"; do
+      mapfile -t names < <(sed -n "s/^FAILED $library //p" "$failures_of_first")
+      [ ${#names[@]} = 0 ] || tests 45 "$library" "${names[@]}"
+    done
+    for library in "${libraries[@]}"; do
+      [ ! -e "$out/tests-$library.log" ] || join "tests-$library.log" "$library"
+    done
+    for log in "$out"/tests-*.log; do
+      [ ! -e "$log" ] || { cat "$log" >>"$out/tests.log" && rm "$log"; }
+    done
+  fi
+
+  for folder in "" "${CUDA_HOME:-/usr/local/cuda}/bin/" "${CUDA_HOME:-/usr/local/cuda}/compute-sanitizer/"; do
+    sanitizer=$(command -v "${folder}compute-sanitizer") && break
+  done
+  if [ -n "$sanitizer" ]; then
+    for tool in memcheck racecheck synccheck; do
+      sanitize 90 "$tool"
+    done
+    join sanitizer.log memcheck racecheck synccheck
+  else
+    echo "== not run: there is no compute-sanitizer here" | tee -a "$out/report.txt"
+  fi
+
+  benchmark $(($(left) * 7 / 10)) core --suites \
+    recommender:bfloat16 overhead:float16,amp-float16 quick:amp-float16 ensemble:amp-float16
+  benchmark $(($(left) - 5)) published --suites partitioned:amp-float16 \
+    --contestants dense masked_dense ours_lt ours_tuned ours_small
+}
+
 case $part in
-all | tests) all_tests ;;&
-all)
-  time_it 120 1.7 core --suites recommender:bfloat16 overhead:float16,amp-float16 quick:amp-float16 ensemble:amp-float16
-  time_it 35 0.35 published --suites partitioned:amp-float16 --contestants "${of_published[@]}"
-  ;;
-ensemble) time_it 440 6.7 ensemble --suites ensemble:$halves ;;
-published) time_it 440 6.7 published --suites partitioned:$halves --contestants "${of_published[@]}" ;;
-more) time_it 440 6.7 more --suites recommender:$halves overhead:$halves quick:$halves,float32 small:$halves ;;
+  first) first ;;
+  second) second ;;
+  time) benchmark $(($(left) - 5)) suites --suites "$@" ;;
 esac
-if compgen -G "$out/*.json" >/dev/null; then
+if [ "$part" != first ] && compgen -G "$out/*.json" >/dev/null; then
   python3 -m benchmarks --goals "$out"/*.json >"$out/goals.txt" 2>&1
   head -n 32 "$out/goals.txt"
 fi
-
+echo "== $SECONDS s"
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}"
   exit 1

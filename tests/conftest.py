@@ -1,7 +1,8 @@
 """Devices: every test that takes `device` runs on the CPU, and on CUDA if there is a GPU and a CUDA build.
 
 FAIL_WITHOUT_CUDA=1 says that a GPU is expected: then a test that would be skipped for want of one fails.
-FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA.
+FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA. FAILURES=FILE has every failure appended to the file as soon as
+it is there, for runs that may be killed.
 """
 
 import os
@@ -10,6 +11,15 @@ import pytest
 import torch
 
 import blockdiag
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    path = os.environ.get("FAILURES")
+    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # the workers' controller has all reports
+        library = os.environ.get("BLOCKDIAG_CUDA_GEMM", "cublas")
+        traceback = "".join(f"    {line}\n" for line in report.longreprtext.splitlines())
+        with open(path, "a") as file:
+            file.write(f"FAILED {library} {report.nodeid}\n{traceback}")
 
 
 def _why_no_cuda() -> str | None:
@@ -57,8 +67,11 @@ def _seeded_and_strict():
     matmul = torch.backends.cuda.matmul
     flags = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction)
     matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    # For convolutions that results are compared with: unlike for products, TF32 is on by default.
+    cudnn_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     # In deterministic mode torch.empty fills what it allocates with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = cudnn_tf32
     matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = flags

@@ -42,21 +42,15 @@ def lines_of(cases, goal, name="ours"):
         ),
         (
             "(a) the fastest",
-            make((128, 16, 64, 64), ours=10, loop=60, einsum=8, **ENSEMBLE),
+            make((128, 16, 64, 64), ours=10, loop=60, einsum=8, mode="graph", **ENSEMBLE),
             False,
-            "fwd eager MISSED 0/1 0.8 0.97 -18 % 128, 16, 64->64, amp-float16 (einsum)",
+            "fwd graph MISSED 0/1 0.8 0.97 -18 % 128, 16, 64->64, amp-float16 (einsum)",
         ),
         (
             "(a) 5 times the loop at G=16, K<=512",
             make((128, 16, 512, 512), ours=1, loop=4, which="fwd+bwd", **ENSEMBLE),
             False,
             "fwd+bwd eager MISSED 0/1 4 5 -20 % 128, 16, 512->512, amp-float16 (loop)",
-        ),
-        (
-            "(a) G=1: F.linear",
-            make((128, 1, 64, 64), ours=10, dense=9.4, **ENSEMBLE),
-            False,
-            "fwd eager MISSED 0/1 0.94 0.95 -1 % 128, 1, 64->64, amp-float16 (dense)",
         ),
         (
             "(b) faster than A, B and C",
@@ -92,21 +86,29 @@ def lines_of(cases, goal, name="ours"):
         ),
         (  # one kernel of 4 us, half as much again
             "floor up to 20 us",
-            make((1, 1, 1, 1), suite="quick", precision="float16", ours=6.1, floor_us=2),
+            make((1, 1, 1, 1), suite="quick", precision="float16", ours=6.1, floor_us=2, mode="graph"),
             False,
-            "fwd eager MISSED 0/1 0.656 0.667 -2 % 1, 1, 1->1, float16 (4 us)",
+            "fwd graph MISSED 0/1 0.656 0.667 -2 % 1, 1, 1->1, float16 (4 us)",
         ),
         (  # three products, a sum, and six casts
             "floor up to 20 us",
-            make((1, 1, 1, 1), suite="quick", precision="amp-float16", ours=59, floor_us=20, which="fwd+bwd"),
+            make(
+                (1, 1, 1, 1),
+                suite="quick",
+                precision="amp-float16",
+                ours=59,
+                floor_us=20,
+                which="fwd+bwd",
+                mode="graph",
+            ),
             True,
-            "fwd+bwd eager met 1/1 0.678 0.667 +2 % 1, 1, 1->1, amp-float16 (40 us)",
+            "fwd+bwd graph met 1/1 0.678 0.667 +2 % 1, 1, 1->1, amp-float16 (40 us)",
         ),
         (
             "floor up to 20 us",
-            make((1, 1, 1, 1), suite="quick", precision="float16", ours=16, floor_us=10),
+            make((1, 1, 1, 1), suite="quick", precision="float16", ours=16, floor_us=10, mode="graph"),
             False,
-            "fwd eager MISSED 0/1 0.625 0.667 -6 % 1, 1, 1->1, float16 (floor)",
+            "fwd graph MISSED 0/1 0.625 0.667 -6 % 1, 1, 1->1, float16 (floor)",
         ),
         (  # an output of 1 MiB
             "peak memory",
@@ -126,6 +128,18 @@ def test_goals(goal, case, met, line):
     lines, all_met = lines_of([case], goal)
     assert lines == [line]
     assert met or not all_met  # of a case that meets this goal, another may be missed
+
+
+@pytest.mark.parametrize(
+    ("goal", "case"),
+    [
+        ("floor up to 20 us", make((1, 1, 1, 1), suite="quick", precision="float16", ours=60, floor_us=2)),
+        ("(a) the fastest", make((128, 16, 64, 64), ours=10, loop=60, einsum=8, **ENSEMBLE)),
+    ],
+)
+def test_what_the_host_takes_is_no_miss_of_ours(goal, case):
+    """Small problems in eager mode: nobody's calls reach the GPU that fast."""
+    assert lines_of([case], goal) == (["not measured"], True)
 
 
 def test_peak_memory_allows_results_and_casts():
@@ -148,14 +162,15 @@ def test_peak_memory_allows_results_and_casts():
 
 
 def test_the_worst_of_several_cases_is_named():
+    setting = {"mode": "graph", **ENSEMBLE}
     cases = [
-        make((128, 16, size, size), ours=1, loop=8, bmm=ratio, **ENSEMBLE) for size, ratio in ((64, 1.2), (128, 0.9))
+        make((128, 16, size, size), ours=1, loop=8, bmm=ratio, **setting) for size, ratio in ((64, 1.2), (128, 0.9))
     ]
-    cases.append(make((128, 16, 64, 64), ours=1, loop=8, bmm=2, mode="graph", **ENSEMBLE))
+    cases.append(make((128, 16, 64, 64), ours=1, loop=8, bmm=2, which="fwd+bwd", **setting))
     lines, met = lines_of(cases, "(a) the fastest")
     assert lines == [
-        "fwd eager MISSED 1/2 0.9 0.97 -7 % 128, 16, 128->128, amp-float16 (bmm)",
-        "fwd graph met 1/1 2 0.97 +106 % 128, 16, 64->64, amp-float16 (bmm)",
+        "fwd graph MISSED 1/2 0.9 0.97 -7 % 128, 16, 128->128, amp-float16 (bmm)",
+        "fwd+bwd graph met 1/1 2 0.97 +106 % 128, 16, 64->64, amp-float16 (bmm)",
     ]
     assert not met
     assert lines_of(cases, "(c) the loop")[0] == ["not measured"]
@@ -163,9 +178,9 @@ def test_the_worst_of_several_cases_is_named():
 
 def test_variants_have_tables_of_their_own():
     """A variant is held against the same others, ours not among them."""
-    case = make((128, 16, 64, 64), ours=20, ours_small=1, loop=30, bmm=10, **ENSEMBLE)
+    case = make((128, 16, 64, 64), ours=20, ours_small=1, loop=30, bmm=10, mode="graph", **ENSEMBLE)
     assert "bmm" in lines_of([case], "(a) the fastest")[0][0]
-    assert lines_of([case], "(a) the fastest", "ours_small")[0][0].startswith("fwd eager met 1/1 10 ")
+    assert lines_of([case], "(a) the fastest", "ours_small")[0][0].startswith("fwd graph met 1/1 10 ")
     assert "ours_lt" not in goals.report([made_up([case])])[0]
 
 

@@ -11,7 +11,7 @@ import reference
 from benchmarks import __main__ as command
 from benchmarks import timing
 from benchmarks.ceilings import Ceiling, floor_us
-from benchmarks.contestants import CONTESTANTS, CUDA_VARIANTS
+from benchmarks.contestants import CONTESTANTS, LIBRARIES, OURS
 from benchmarks.suites import PUBLISHED, Problem, make_suites
 from benchmarks.timing import PRECISIONS, Precision, cache_bytes, first_run, measure
 
@@ -135,8 +135,9 @@ def test_wrong_contestants_are_not_timed(wrong, backward, message, monkeypatch):
     assert measured["wrong"].keys() == {"skipped"}
     assert re.search(message, measured["wrong"]["skipped"])
     monkeypatch.setitem(CONTESTANTS, "ours", wrong)
-    with pytest.raises(AssertionError, match=message.replace("wrong is", "ours is")):
-        measure(["ours"], PROBLEM, PRECISIONS["float32"], CPU, backward=backward, rounds=1)
+    measured = measure(["ours", "loop"], PROBLEM, PRECISIONS["float32"], CPU, backward=backward, rounds=1)
+    assert measured["loop"].keys() == {"times_us", "peak_bytes"}
+    assert re.search(message.replace("wrong is", "ours is"), measured["ours"]["failed"])
 
 
 def test_failures_of_ours_are_not_skipped(monkeypatch):
@@ -145,11 +146,29 @@ def test_failures_of_ours_are_not_skipped(monkeypatch):
 
     for name in ("ours", "loop"):
         monkeypatch.setitem(CONTESTANTS, name, fails)
-    with pytest.raises(RuntimeError, match="does not work"):
-        measure(["ours"], PROBLEM, PRECISIONS["float32"], CPU)
-    assert measure(["loop"], PROBLEM, PRECISIONS["float32"], CPU) == {
-        "loop": {"skipped": "RuntimeError: does not work"}
+    reason = "RuntimeError: does not work"
+    assert measure(["ours", "loop"], PROBLEM, PRECISIONS["float32"], CPU) == {
+        "ours": {"failed": reason},
+        "loop": {"skipped": reason},
     }
+
+
+def test_a_failed_capture_leaves_the_stream_as_it_was(cuda, monkeypatch):
+    """The next contestant would be timed on the capture's, and its own capture would fail."""
+
+    def waits(weight, bias):
+        def forward(x, weight, bias):
+            torch.cuda.current_stream().synchronize()  # which ends a capture
+            return blockdiag.linear(x, weight, bias)
+
+        return forward, [weight, bias]
+
+    monkeypatch.setitem(CONTESTANTS, "waits", waits)
+    before = torch.cuda.current_stream()
+    names = ["ours", "waits", "loop"]
+    measured = measure(names, SQUARE, PRECISIONS["float32"], torch.device(cuda), mode="graph", rounds=1)
+    assert [name for name in names if "times_us" in measured[name]] == ["ours", "loop"]
+    assert torch.cuda.current_stream() == before
 
 
 def test_slow_contestants_run_once(monkeypatch):
@@ -197,7 +216,7 @@ def test_variants_compute_by_their_library(name, choice):
     entry = measure([name], PROBLEM, PRECISIONS["float32"], CPU, rounds=3)[name]
     wanted = {"ours": ("cublas", False), "ours_lt": ("cublaslt", False), "ours_tuned": ("cublaslt", True)}
     if name == "ours_small":
-        assert (entry, choice) == ({"skipped": "RuntimeError: no kernels for small blocks"}, [])
+        assert (entry, choice) == ({"failed": "RuntimeError: no kernels for small blocks"}, [])
     else:
         assert len(entry["times_us"]) == 3
         assert set(choice) == {wanted[name]}
@@ -207,7 +226,7 @@ def test_variants_compute_by_their_library(name, choice):
 
 def test_variants_are_for_cuda():
     suite = make_suites("cuda")["quick"]
-    names = ["ours", *CUDA_VARIANTS]
+    names = ["ours", *LIBRARIES]
     assert [name for name in command.contestants_of(suite, "eager", "cuda", None) if "ours" in name] == names
     assert [name for name in command.contestants_of(suite, "eager", "cuda", ["ours_lt"]) if "ours" in name] == names[:2]
     assert [name for name in command.contestants_of(suite, "compiled", "cuda", None) if "ours" in name] == ["ours"]
@@ -267,7 +286,7 @@ def test_suites(device_name):
     for suite in suites.values():
         assert len(set(suite.problems)) == len(suite.problems) > 0
         assert min(map(min, suite.problems)) > 0
-        assert CONTESTANTS.keys() >= set(suite.contestants)
+        assert {*CONTESTANTS, *OURS} >= set(suite.contestants)
     assert suites["partitioned"].problems[0] == PUBLISHED
     assert len(suites["partitioned"].problems) == 4 * 2 * 3 * 3 + 4
     assert len(suites["ensemble"].problems) == 5 * (5 if device_name == "cpu" else 7)

@@ -11,9 +11,20 @@ import torch
 import blockdiag
 from reference import Problem, make
 
-PROBLEM = Problem((1024,), 8, 256, 256)
 # A part of a result that a tile or a few blocks may take: all of it would be 2 MiB and more.
 SCRATCH = 1 << 20
+# That cuBLASLt may use for split sums, as ATen allows it; cuBLAS's own is allocated once and kept.
+WORKSPACE = 32 << 20
+
+
+def problem_on(device: str) -> Problem:
+    """On CUDA, no tensor but the bias is so small that a copy of it would pass for a workspace."""
+    return Problem((64,), 4400, 64, 64) if device == "cuda" else Problem((1024,), 8, 256, 256)
+
+
+def allowed_beside_results(device: str) -> int:
+    uses_cublaslt = device == "cuda" and blockdiag.build_info()["cuda_gemm"] != "cublas"
+    return SCRATCH + (WORKSPACE if uses_cublaslt else 0)
 
 
 def allocated(function, device) -> tuple[int, object]:
@@ -58,20 +69,20 @@ def warm_up(function, device):
 @pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
 @pytest.mark.parametrize("bias", [None, "flat"])
 def test_forward_allocates_the_output_alone(bias, stacked, dtype, device):
-    arguments = [t for t in make(PROBLEM, dtype, device, stacked=stacked, bias=bias) if t is not None]
+    arguments = [t for t in make(problem_on(device), dtype, device, stacked=stacked, bias=bias) if t is not None]
 
     def forward():
         return blockdiag.linear(*arguments)
 
     warm_up(forward, device)
     peak, output = allocated(forward, device)
-    assert result_bytes(output) <= peak <= result_bytes(output) + SCRATCH
+    assert result_bytes(output) <= peak <= result_bytes(output) + allowed_beside_results(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
 def test_backward_allocates_the_gradients_alone(stacked, dtype, device):
-    arguments = make(PROBLEM, dtype, device, stacked=stacked)
+    arguments = make(problem_on(device), dtype, device, stacked=stacked)
     output = blockdiag.linear(*arguments)
     grad_output = torch.randn_like(output)
 
@@ -80,22 +91,24 @@ def test_backward_allocates_the_gradients_alone(stacked, dtype, device):
 
     warm_up(backward, device)
     peak, grads = allocated(backward, device)
-    assert result_bytes(*grads) <= peak <= result_bytes(*grads) + SCRATCH
+    assert result_bytes(*grads) <= peak <= result_bytes(*grads) + allowed_beside_results(device)
 
 
 def test_views_are_read_where_they_lie(device):
     """A slice of a wider input, a block-major input, a transposed weight and a sliced gradient are not copied."""
-    wide = torch.randn(1024, 8 * 256 + 64, device=device)
-    block_major = torch.randn(8, 1024, 256, device=device).transpose(0, 1)
-    weight = torch.randn(8, 256, 256, device=device).mT
-    grad_output = wide[:, 64:]
+    (batch,), num_blocks, size, _ = problem_on(device)
+    features = num_blocks * size
+    wide = torch.randn(batch, features + size, device=device)
+    block_major = torch.randn(num_blocks, batch, size, device=device).transpose(0, 1)
+    weight = torch.randn(num_blocks, size, size, device=device).mT
+    grad_output = wide[:, size:]
     ops = torch.ops.blockdiag
     for call in (
-        lambda: ops.linear(wide[:, 64:], weight),
+        lambda: ops.linear(wide[:, size:], weight),
         lambda: ops.linear(block_major, weight),
-        lambda: ops.linear_input_grad(grad_output, weight, [1024, 2048]),
-        lambda: ops.linear_weight_grad(grad_output, wide[:, :2048], [8, 256, 256]),
+        lambda: ops.linear_input_grad(grad_output, weight, [batch, features]),
+        lambda: ops.linear_weight_grad(grad_output, wide[:, :features], [num_blocks, size, size]),
     ):
         warm_up(call, device)
         peak, result = allocated(call, device)
-        assert peak <= result_bytes(result) + SCRATCH
+        assert peak <= result_bytes(result) + allowed_beside_results(device)

@@ -1,7 +1,7 @@
 """Random shapes, strides and dtypes: what the tables of the other tests did not think of."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reference import DTYPES, Problem, check
@@ -11,7 +11,7 @@ problems = st.builds(Problem, st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
 @st.composite
-def strided(draw, shape, dtype):
+def strided(draw, shape, dtype, device):
     """A random tensor of this shape: a permuted, stepped, offset or expanded view of a larger buffer."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in shape]
@@ -20,7 +20,7 @@ def strided(draw, shape, dtype):
     held = [1 if expand else size for size, expand in zip(shape, expands, strict=True)]
     buffer_shape = [held[dim] * steps[dim] + pads[dim] for dim in order]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    buffer = torch.randn(buffer_shape, dtype=dtype, generator=generator)
+    buffer = torch.randn(buffer_shape, dtype=dtype, generator=generator).to(device)
     view = buffer.permute([order.index(dim) for dim in range(len(shape))])
     for dim, size in enumerate(held):
         view = view.narrow(dim, pads[dim], size * steps[dim])
@@ -28,17 +28,19 @@ def strided(draw, shape, dtype):
     return view.expand(shape)
 
 
-@settings(max_examples=300, deadline=None)
+# The fixture `device` is only a name, the same for all examples.
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), problem=problems, stacked=st.booleans(), bias=st.sampled_from([None, False, True]))
-def test_random_problems(data, problem, stacked, bias):
+def test_random_problems(data, problem, stacked, bias, device):
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
     if problem.num_blocks * problem.in_block == problem.in_block:
         stacked = False  # where both layouts fit, the op takes the input as concatenated
-    input = data.draw(strided(problem.input_shape(stacked), dtype), label="input")
-    weight = data.draw(strided(problem.weight_shape, dtype), label="weight")
+    input = data.draw(strided(problem.input_shape(stacked), dtype, device), label="input")
+    weight = data.draw(strided(problem.weight_shape, dtype, device), label="weight")
     arguments = [input, weight]
     if bias is not None:
-        arguments.append(data.draw(strided(problem.output_shape(bias)[len(problem.batch) :], dtype), label="bias"))
-    grad_output = data.draw(strided(problem.output_shape(stacked), dtype), label="grad_output")
+        shape = problem.output_shape(bias)[len(problem.batch) :]
+        arguments.append(data.draw(strided(shape, dtype, device), label="bias"))
+    grad_output = data.draw(strided(problem.output_shape(stacked), dtype, device), label="grad_output")
     arguments = [tensor.requires_grad_() for tensor in arguments]
     check(torch.ops.blockdiag.linear, *arguments, grad_output=grad_output)

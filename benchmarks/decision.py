@@ -1,0 +1,94 @@
+"""Which library is to compute ours on a GPU: the winner at each problem, and what the rule makes of a result.
+
+The rule: small_blocks where it is at least SMALL_GAIN times as fast as cuBLASLt, cuBLASLt by its heuristic elsewhere for
+the types that it takes, cuBLAS for the others; tuning on request, unless it gains TUNING_GAIN over a suite.
+"""
+
+import statistics
+from collections.abc import Iterable
+
+from benchmarks.contestants import OURS
+from benchmarks.report import aligned, groups, skips
+from benchmarks.runs import Case, Content, best_other, median_us, problem_of, speedup, times_of
+
+SMALL_GAIN = 1.3
+TUNING_GAIN = 1.1
+
+
+def _setting(case: Case) -> tuple[str, str, str, str]:
+    return (case["suite"], case["precision"], case["pass"], case["mode"])
+
+
+def _winner(case: Case) -> str | None:
+    """The fastest of ours, or None if none ran."""
+    ran = [name for name in OURS if name in times_of(case)]
+    return min(ran, key=lambda name: median_us(case, name), default=None)
+
+
+def _ratio(case: Case, of: str, over: str) -> float | None:
+    return speedup(case, of, over) if {of, over} <= times_of(case).keys() else None
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def table(cases: list[Case]) -> str:
+    """A row for each case: median microseconds, who of ours is the fastest, and how many times as fast as cuBLAS, as
+    cuBLASLt, and as the best way to write the layer without ours."""
+    names = list(dict.fromkeys(name for case in cases for name in case["contestants"]))
+    rows = [["B, G, K->N", "precision", "pass", *names, "floor", "winner", "/ours", "/ours_lt", "/other", "other"]]
+    for case in cases:
+        times = [f"{median_us(case, name):.4g}" if name in times_of(case) else "-" for name in names]
+        row = [str(problem_of(case)), case["precision"], case["pass"], *times, f"{case['floor_us']:.3g}"]
+        winner = _winner(case)
+        if winner is None:
+            rows.append([*row, *["-"] * 5])
+            continue
+        other = best_other(case, winner)
+        ratios = [_ratio(case, winner, name) if name else None for name in ("ours", "ours_lt", other)]
+        rows.append([*row, winner, *map(_cell, ratios), other or "-"])
+    return "\n".join(aligned(rows))
+
+
+def _gains(cases: Iterable[Case], of: str, over: str) -> dict[str, float]:
+    """How many times as fast, by problem."""
+    ratios = {str(problem_of(case)): _ratio(case, of, over) for case in cases}
+    return {problem: ratio for problem, ratio in ratios.items() if ratio is not None}
+
+
+def _verdict(what: str, gains: dict[str, float], wanted: float, yes: str, no: str) -> list[list[str]]:
+    """A row with the geometric mean of the gains, or none if nothing was measured."""
+    if not gains:
+        return []
+    mean = statistics.geometric_mean(gains.values())
+    worst = min(gains, key=lambda problem: gains[problem])
+    numbers = [f"{mean:.2f}", f"{gains[worst]:.2f} at {worst}", f"{max(gains.values()):.2f}", str(len(gains))]
+    return [[what, *numbers, yes if mean >= wanted else no]]
+
+
+def verdicts(cases: list[Case]) -> str:
+    """What the rule says, setting by setting: small blocks by the size of the larger side of a block."""
+    rows = []
+    for (suite, precision, which, mode), of_setting in groups(cases, _setting):
+        setting = f"{suite}, {precision}, {which}, {mode}"
+        gains = _gains(of_setting, "ours_lt", "ours")
+        rows += _verdict(f"cublaslt / cublas: {setting}", gains, 1.0, "cublaslt", "cublas: look why")
+        gains = _gains(of_setting, "ours_tuned", "ours_lt")
+        rows += _verdict(f"tuned / cublaslt: {setting}", gains, TUNING_GAIN, "tune by default", "tune on request")
+        for limit in (16, 32, 64):
+            of_size = [case for case in of_setting if limit // 2 < max(problem_of(case)[2:]) <= limit]
+            gains = _gains(of_size, "ours_small", "ours_lt")
+            rows += _verdict(f"small_blocks / cublaslt up to {limit}: {setting}", gains, SMALL_GAIN, "keep", "drop")
+        gains = _gains(of_setting, "ours_small", "ours_unsplit")
+        rows += _verdict(f"split / unsplit sums: {setting}", gains, 1.0, "split", "do not split")
+    return "\n".join(aligned([["of", "mean", "worst", "best", "problems", "so"], *rows]))
+
+
+def report(content: Content) -> str:
+    """The table, the verdicts, and which of ours are wrong or do not run: those are out of the question."""
+    cases = content["cases"]
+    parts = [table(of_suite) for _, of_suite in groups(cases, lambda case: case["suite"])]
+    if content["left_out"]:
+        parts.append(f"Left out for lack of time: {len(content['left_out'])} cases")
+    return "\n\n".join(filter(None, [*parts, skips(cases), verdicts(cases)]))

@@ -1,0 +1,79 @@
+"""What a result says of the library that is to compute on a GPU: on results made up."""
+
+import json
+
+from test_benchmark_goals import made_up, make
+
+from benchmarks import __main__ as command
+from benchmarks import decision
+
+SETTING = {"suite": "decision", "mode": "graph"}
+
+
+def verdict(cases, what):
+    """The numbers and the conclusion of one row."""
+    rows = [line for line in decision.verdicts(cases).splitlines() if line.startswith(what)]
+    return [row.removeprefix(what).split("  ")[-1].strip() for row in rows]
+
+
+def case(size, *, precision="float16", **contestants):
+    return make((128, 16, size, size), precision=precision, **SETTING, **contestants)
+
+
+def test_winner_of_each_problem():
+    table = decision.table(
+        [
+            case(64, ours=6, ours_lt=5, ours_small=2.5, loop=40, bmm_out=7.5),
+            case(1024, ours=6, ours_lt=5, loop=4, precision="amp-float16"),
+        ]
+    )
+    rows = [" ".join(line.split()) for line in table.splitlines()]
+    assert rows[0] == (
+        "B, G, K->N precision pass ours ours_lt ours_small loop bmm_out floor winner /ours /ours_lt /other other"
+    )
+    assert rows[1] == "128, 16, 64->64 float16 fwd 6 5 2.5 40 7.5 1 ours_small 2.40 2.00 3.00 bmm_out"
+    assert rows[2] == "128, 16, 1024->1024 amp-float16 fwd 6 5 - 4 - 1 ours_lt 1.20 1.00 0.80 loop"
+
+
+def test_small_blocks_stay_where_they_gain_enough():
+    cases = [
+        case(16, ours_lt=2, ours_small=1),
+        case(32, ours_lt=1.2, ours_small=1),
+        case(64, ours_lt=1.31, ours_small=1),
+        case(128, ours_lt=1, ours_small=10),  # not computed by them
+    ]
+    assert verdict(cases, "small_blocks / cublaslt up to 16") == ["keep"]
+    assert verdict(cases, "small_blocks / cublaslt up to 32") == ["drop"]
+    assert verdict(cases, "small_blocks / cublaslt up to 64") == ["keep"]
+
+
+def test_tuning_is_on_request_unless_a_suite_gains():
+    assert verdict([case(64, ours_lt=1.05, ours_tuned=1)], "tuned") == ["tune on request"]
+    cases = [case(64, ours_lt=1.5, ours_tuned=1), case(128, ours_lt=0.9, ours_tuned=1)]
+    assert verdict(cases, "tuned") == ["tune by default"]
+    cases += [case(64, ours_lt=1, ours_tuned=1, precision="amp-float16")]
+    assert verdict(cases, "tuned") == ["tune by default", "tune on request"]
+
+
+def test_cublas_faster_than_cublaslt_is_said():
+    assert verdict([case(64, ours=1, ours_lt=0.9)], "cublaslt") == ["cublaslt"]
+    assert verdict([case(64, ours=0.9, ours_lt=1)], "cublaslt") == ["cublas: look why"]
+
+
+def test_splitting_long_sums():
+    assert verdict([case(32, ours_small=1, ours_unsplit=1.2)], "split") == ["split"]
+    assert verdict([case(32, ours_small=1.2, ours_unsplit=1)], "split") == ["do not split"]
+
+
+def test_command_shows_what_failed_and_what_is_missing(tmp_path, capsys):
+    """An interrupted run, in which a variant is wrong, decides what it can."""
+    broken = case(64, ours=6, loop=40)
+    broken["contestants"]["ours_lt"] = {"failed": "AssertionError: ours_lt is wrong"}
+    content = {**made_up([broken]), "left_out": [{}, {}]}
+    path = tmp_path / "decision.json"
+    path.write_text(json.dumps(content))
+    assert command.main(["--decide", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "ours_lt FAILED at 1: AssertionError: ours_lt is wrong" in printed
+    assert "2 cases" in printed
+    assert "cublaslt / cublas" not in printed
