@@ -240,7 +240,7 @@ def show(content: runs.Content, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 for a regression or if ours failed, 130 after Ctrl-C; exits with 2 for bad input."""
+    """The exit status: 0, 1 for a regression or a failure of ours, 130 after Ctrl-C; exits with 2 for bad input."""
     parser, arguments = parse_arguments(argv)
     if arguments.plots:
         try:

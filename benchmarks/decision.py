@@ -1,7 +1,7 @@
 """Which library is to compute ours on a GPU: the winner at each problem, and what the rule makes of a result.
 
-The rule: small_blocks where it is at least SMALL_GAIN times as fast as cuBLASLt, cuBLASLt by its heuristic elsewhere for
-the types that it takes, cuBLAS for the others; tuning on request, unless it gains TUNING_GAIN over a suite.
+The rule: small_blocks where it is at least SMALL_GAIN times as fast as cuBLASLt, cuBLASLt by its heuristic elsewhere
+for the types that it takes, cuBLAS for the others; tuning on request, unless it gains TUNING_GAIN over a suite.
 """
 
 import statistics

@@ -25,6 +25,8 @@ export PATH="$env/bin:$PATH" # the build finds ninja there
 
 # Outdated copies of deleted files would be compiled too.
 find "$work/tree" -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+compiled=$(compiled_digest) tree=$(tree_digest) # the tree may change while this runs
+commit=$(git -C "$root" describe --always --dirty --abbrev=40)
 copy_tree "$work/tree"
 cd "$work/tree"
 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" python setup.py -q build_ext --inplace >build.log 2>&1 || { tail -n 30 build.log; exit 1; }
@@ -35,7 +37,7 @@ FAIL_WITHOUT_CUDA_BUILD=1 python -m pytest -q -p no:cacheprovider tests/test_fak
 rm -rf "$prebuilt"
 mkdir "$prebuilt"
 cp blockdiag/_C*.so "$prebuilt"
-compiled_digest >"$prebuilt/digest"
-tree_digest >"$prebuilt/tree"
-git -C "$root" describe --always --dirty --abbrev=40 >"$prebuilt/commit"
+echo "$compiled" >"$prebuilt/digest"
+echo "$tree" >"$prebuilt/tree"
+echo "$commit" >"$prebuilt/commit"
 ls -l "$prebuilt"

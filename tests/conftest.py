@@ -1,8 +1,8 @@
 """Devices: every test that takes `device` runs on the CPU, and on CUDA if there is a GPU and a CUDA build.
 
 FAIL_WITHOUT_CUDA=1 says that a GPU is expected: then a test that would be skipped for want of one fails.
-FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA. FAILURES=FILE has every failure appended to the file as soon as
-it is there, for runs that may be killed.
+FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA. FAILURES=FILE has each failure appended to it at once,
+for runs that may be killed.
 """
 
 import os

@@ -94,8 +94,8 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
 print(blockdiag.build_info()["cublaslt"])
 """
 
-# What deterministic mode makes of a call: its error or its warnings. Without CUBLAS_WORKSPACE_CONFIG some versions of torch
-# do not take cuBLAS for deterministic.
+# What deterministic mode makes of a call: its error or its warnings. Without CUBLAS_WORKSPACE_CONFIG some versions of
+# torch do not take cuBLAS for deterministic.
 _DETERMINISTIC = """
 import torch, blockdiag, warnings
 x, w, b = (torch.randn(s, device="cuda", dtype=torch.float16) for s in ((32, 3 * 16), (3, 8, 16), (24,)))
