@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import decision, goals, report, runs
-from benchmarks.ceilings import floor_us, measure_ceiling
+from benchmarks.ceilings import Ceiling, floor_us, measure_ceiling
 from benchmarks.compare import compare, differences
 from benchmarks.contestants import COMPILED, CONTESTANTS, CUDA_VARIANTS, LIBRARIES
 from benchmarks.suites import Problem, Suite, make_suites
@@ -81,6 +82,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     add("--modes", nargs="+", choices=MODES, help="default: eager, and on a GPU graph (CUDA graphs)")
     names = [*CONTESTANTS, *CUDA_VARIANTS]
     add("--contestants", nargs="+", choices=names, help="beside ours and the loop (default: the suite's)")
+    add("--exclude", nargs="+", choices=names, default=[], help="that are left out, ours and the loop too")
     add("--threads", nargs="+", type=_positive(int), default=[torch.get_num_threads()], help="default: %(default)s")
     add("--rounds", type=_positive(int), default=15, help="timed rounds of each case (default: %(default)s)")
     add("--max-minutes", type=_positive(float), metavar="M", help="no case is started after that")
@@ -135,16 +137,24 @@ def describe_environment(device: str) -> dict[str, str]:
     environment = {"device": device, **blockdiag_report(), "commit": commit(), "date": date}
     if device == "cuda":
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        try:
+            driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        except (OSError, subprocess.CalledProcessError):
+            driver = ["unknown"]
         environment["driver"] = ", ".join(sorted(set(driver)))
     return environment
 
 
-def contestants_of(suite: Suite, mode: str, device: str, chosen: list[str] | None) -> list[str]:
-    """Ours always runs, and unless the suite leaves it out the loop: they are what the others are set against."""
+def contestants_of(
+    suite: Suite, mode: str, device: str, chosen: list[str] | None, excluded: Collection[str] = ()
+) -> list[str]:
+    """Ours runs unless it is excluded, and so does the loop, unless the suite leaves it out: they are what the others are set
+    against."""
     variants = CUDA_VARIANTS if device == "cuda" and mode != "compiled" else ()
     wanted = {"ours", "loop", *chosen} if chosen else {"ours", *(suite.contestants or (*CONTESTANTS, *LIBRARIES))}
-    return [name for name in (*(COMPILED if mode == "compiled" else CONTESTANTS), *variants) if name in wanted]
+    return [
+        name for name in (*(COMPILED if mode == "compiled" else CONTESTANTS), *variants) if name in wanted - {*excluded}
+    ]
 
 
 def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
@@ -158,12 +168,18 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
         for case in product(suites[name].problems, arguments.passes, arguments.modes)
         if not (suites[name].host and case[-1] == "graph")
     ]
-    ceilings = {}
+    ceilings: dict[tuple[torch.dtype, int], Ceiling] = {}
     threads_before = torch.get_num_threads()
     cudnn_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # as for products
     began = saved = time.perf_counter()
     progress = tqdm(plans, unit="case")
     try:
+        # Before all cases: one that fails on a GPU may leave the device as nothing can be measured on.
+        for dtype, threads in dict.fromkeys((PRECISIONS[plan.precision].result, plan.threads) for plan in plans):
+            torch.set_num_threads(threads)
+            ceiling = ceilings[dtype, threads] = measure_ceiling(dtype, device)
+            name = str(dtype).removeprefix("torch.")
+            content["ceilings"].append({"dtype": name, "threads": threads, **ceiling._asdict()})
         for plan in progress:
             if arguments.max_minutes and time.perf_counter() - began > 60 * arguments.max_minutes:
                 content["left_out"].append(plan.as_json())
@@ -171,14 +187,9 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
             progress.set_description(f"{plan.suite} {plan.problem} {plan.precision} {plan.which} {plan.mode}")
             torch.set_num_threads(plan.threads)
             precision, backward = PRECISIONS[plan.precision], plan.which == "fwd+bwd"
-            key = (precision.result, plan.threads)
-            if key not in ceilings:
-                ceilings[key] = measure_ceiling(precision.result, device)
-                name = str(precision.result).removeprefix("torch.")
-                content["ceilings"].append({"dtype": name, "threads": plan.threads, **ceilings[key]._asdict()})
             suite = suites[plan.suite]
             measured = measure(
-                contestants_of(suite, plan.mode, arguments.device, arguments.contestants),
+                contestants_of(suite, plan.mode, arguments.device, arguments.contestants, arguments.exclude),
                 plan.problem,
                 precision,
                 device,
@@ -191,7 +202,7 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
             for entry in measured.values():
                 if "times_us" in entry:
                     entry["times_us"] = runs.round_times(entry["times_us"])
-            floor = floor_us(plan.problem, precision, backward, ceilings[key])
+            floor = floor_us(plan.problem, precision, backward, ceilings[precision.result, plan.threads])
             case = {**plan.as_json(), "floor_us": float(f"{floor:.4g}"), "contestants": measured}
             content["cases"].append(case)
             if arguments.output and time.perf_counter() - saved > SAVE_SECONDS:

@@ -80,7 +80,7 @@ def verdicts(cases: list[Case]) -> str:
             of_size = [case for case in of_setting if limit // 2 < max(problem_of(case)[2:]) <= limit]
             gains = _gains(of_size, "ours_small", "ours_lt")
             rows += _verdict(f"small_blocks / cublaslt up to {limit}: {setting}", gains, SMALL_GAIN, "keep", "drop")
-        gains = _gains(of_setting, "ours_small", "ours_unsplit")
+        gains = _gains(of_setting, "ours_small", "ours_unsplit") if which == "fwd+bwd" else {}
         rows += _verdict(f"split / unsplit sums: {setting}", gains, 1.0, "split", "do not split")
     return "\n".join(aligned([["of", "mean", "worst", "best", "problems", "so"], *rows]))
 
@@ -89,6 +89,6 @@ def report(content: Content) -> str:
     """The table, the verdicts, and which of ours are wrong or do not run: those are out of the question."""
     cases = content["cases"]
     parts = [table(of_suite) for _, of_suite in groups(cases, lambda case: case["suite"])]
-    if content["left_out"]:
-        parts.append(f"Left out for lack of time: {len(content['left_out'])} cases")
+    for setting, left_out in groups(content["left_out"], _setting):
+        parts.append(f"Left out for lack of time: {len(left_out)} of {', '.join(setting)}")
     return "\n\n".join(filter(None, [*parts, skips(cases), verdicts(cases)]))

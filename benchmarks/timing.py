@@ -338,7 +338,7 @@ def measure(
                             _check(name, replayed, reference, problem, precision)
                             del replayed
                     results[name] = {"times_us": [1e6 * seconds], "peak_bytes": peak_bytes}
-            except (AssertionError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
+            except Exception as error:  # of any kind: other libraries' compilers have their own
                 # A variant may not be there, in a build without CUDA say.
                 excused = (torch.OutOfMemoryError, *([NotImplementedError] if name != "ours" else []))
                 failed = name in OURS and not isinstance(error, excused)

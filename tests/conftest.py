@@ -1,11 +1,14 @@
 """Devices: every test that takes `device` runs on the CPU, and on CUDA if there is a GPU and a CUDA build.
 
 FAIL_WITHOUT_CUDA=1 says that a GPU is expected: then a test that would be skipped for want of one fails.
-FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA. FAILURES=FILE has each failure appended to it at once,
-for runs that may be killed.
+FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA.
+
+For scripts/gpu_check.sh, whose time is short: FAILURES=FILE has each failure appended to it at once; RERUN=FILE runs those
+that such a file names for this library alone; DEADLINE=SECONDS, of the epoch, skips what would begin after that.
 """
 
 import os
+import time
 
 import pytest
 import torch
@@ -13,13 +16,37 @@ import torch
 import blockdiag
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+def _failed_line(nodeid: str) -> str:
+    return f"FAILED {os.environ.get('BLOCKDIAG_CUDA_GEMM', 'cublas')} {nodeid}"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport | pytest.CollectReport) -> None:
     path = os.environ.get("FAILURES")
     if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # the workers' controller has all reports
-        library = os.environ.get("BLOCKDIAG_CUDA_GEMM", "cublas")
-        traceback = "".join(f"    {line}\n" for line in report.longreprtext.splitlines())
+        traceback = "".join(f"    {line}\n" for line in report.longreprtext.splitlines()[-30:])
         with open(path, "a") as file:
-            file.write(f"FAILED {library} {report.nodeid}\n{traceback}")
+            file.write(f"{_failed_line(report.nodeid)}\n{traceback}")
+
+
+pytest_collectreport = pytest_runtest_logreport
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if path := os.environ.get("RERUN"):
+        with open(path) as file:
+            failed = set(file.read().splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if _failed_line(item.nodeid) not in failed])
+        items[:] = [item for item in items if _failed_line(item.nodeid) in failed]
+
+
+def _leave_a_lost_device() -> None:
+    """After some errors of a GPU every call of the process fails: no other test is to fail for them."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # another worker goes on
+        pytest.exit("the GPU is lost to this process", returncode=3)
 
 
 def _why_no_cuda() -> str | None:
@@ -63,6 +90,8 @@ def cuda() -> str:
 @pytest.fixture(autouse=True)
 def _seeded_and_strict():
     """Same random numbers in every run, NaN in memory that an op leaves unwritten, full precision on a GPU."""
+    if time.time() > float(os.environ.get("DEADLINE", "inf")):
+        pytest.skip("out of time")
     torch.manual_seed(0)
     matmul = torch.backends.cuda.matmul
     flags = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction)
@@ -75,3 +104,5 @@ def _seeded_and_strict():
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.allow_tf32 = cudnn_tf32
     matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = flags
+    if torch.cuda.is_initialized():
+        _leave_a_lost_device()

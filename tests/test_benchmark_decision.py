@@ -61,19 +61,20 @@ def test_cublas_faster_than_cublaslt_is_said():
 
 
 def test_splitting_long_sums():
-    assert verdict([case(32, ours_small=1, ours_unsplit=1.2)], "split") == ["split"]
-    assert verdict([case(32, ours_small=1.2, ours_unsplit=1)], "split") == ["do not split"]
+    assert verdict([case(32, ours_small=1, ours_unsplit=1.2, which="fwd+bwd")], "split") == ["split"]
+    assert verdict([case(32, ours_small=1.2, ours_unsplit=1, which="fwd+bwd")], "split") == ["do not split"]
+    assert verdict([case(32, ours_small=1.2, ours_unsplit=1)], "split") == []  # there are none
 
 
 def test_command_shows_what_failed_and_what_is_missing(tmp_path, capsys):
     """An interrupted run, in which a variant is wrong, decides what it can."""
     broken = case(64, ours=6, loop=40)
     broken["contestants"]["ours_lt"] = {"failed": "AssertionError: ours_lt is wrong"}
-    content = {**made_up([broken]), "left_out": [{}, {}]}
+    content = {**made_up([broken]), "left_out": [case(32), case(128)]}
     path = tmp_path / "decision.json"
     path.write_text(json.dumps(content))
     assert command.main(["--decide", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "ours_lt FAILED at 1: AssertionError: ours_lt is wrong" in printed
-    assert "2 cases" in printed
+    assert "Left out for lack of time: 2 of decision, float16, fwd, graph" in printed
     assert "cublaslt / cublas" not in printed

@@ -173,9 +173,11 @@ def test_long_sums_are_as_precise_as_those_of_torch(rows, device):
         wide = long.double() @ short.double().T
         return (output.double() - wide).square().mean().sqrt()
 
+    # On a GPU both sums are cuBLAS's, which may split one into parts and not the other.
+    factor = 8 if device == "cpu" else 16
     theirs = error(torch.nn.functional.linear(long, short))
-    assert error(blockdiag.linear(long, short.unsqueeze(0))) < 8 * theirs
+    assert error(blockdiag.linear(long, short.unsqueeze(0))) < factor * theirs
     # The same products as a gradient of the weight: sums over the batch.
     if rows > 1:
         gradient = torch.ops.blockdiag.linear_weight_grad(long.T.contiguous(), short.T.contiguous(), [1, rows, 24])
-        assert error(gradient[0]) < 8 * theirs
+        assert error(gradient[0]) < factor * theirs

@@ -62,7 +62,7 @@ def result_bytes(*tensors) -> int:
 def warm_up(function, device):
     if device == "cuda":
         function()  # cuBLAS's workspace is allocated once and kept
-        time.sleep(0.05)  # autograd's thread lets go of the results a little after the caller has them
+        time.sleep(0.2)  # autograd's thread lets go of the results a little after the caller has them
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

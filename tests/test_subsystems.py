@@ -74,7 +74,7 @@ def test_jagged_inputs_that_are_not_rows_one_after_the_other(layer, device):
     with pytest.raises(NotImplementedError, match="ragged in dimension 1, but it is in 2: transpose it back"):
         layer(transposed)
     values = torch.randn(2, 9, 12, device=device)
-    holes = torch.nested.narrow(values, 1, torch.tensor([0, 4]), torch.tensor([2, 3]), layout=torch.jagged)
+    holes = torch.nested.narrow(values, 1, *torch.tensor([[0, 4], [2, 3]], device=device), layout=torch.jagged)
     with pytest.raises(NotImplementedError, match=r"holes between them: call .contiguous\(\) first"):
         layer(holes)
     for part, expected in zip(layer(holes.contiguous()).unbind(), (values[0, :2], values[1, 4:7]), strict=True):
