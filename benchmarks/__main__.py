@@ -148,13 +148,11 @@ def describe_environment(device: str) -> dict[str, str]:
 def contestants_of(
     suite: Suite, mode: str, device: str, chosen: list[str] | None, excluded: Collection[str] = ()
 ) -> list[str]:
-    """Ours runs unless it is excluded, and so does the loop, unless the suite leaves it out: they are what the others are set
-    against."""
+    """Ours and the loop are what the others are set against: they run unless excluded, or left out by the suite."""
     variants = CUDA_VARIANTS if device == "cuda" and mode != "compiled" else ()
     wanted = {"ours", "loop", *chosen} if chosen else {"ours", *(suite.contestants or (*CONTESTANTS, *LIBRARIES))}
-    return [
-        name for name in (*(COMPILED if mode == "compiled" else CONTESTANTS), *variants) if name in wanted - {*excluded}
-    ]
+    wanted -= {*excluded}
+    return [name for name in (*(COMPILED if mode == "compiled" else CONTESTANTS), *variants) if name in wanted]
 
 
 def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:

@@ -3,8 +3,8 @@
 FAIL_WITHOUT_CUDA=1 says that a GPU is expected: then a test that would be skipped for want of one fails.
 FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA.
 
-For scripts/gpu_check.sh, whose time is short: FAILURES=FILE has each failure appended to it at once; RERUN=FILE runs those
-that such a file names for this library alone; DEADLINE=SECONDS, of the epoch, skips what would begin after that.
+For scripts/gpu_check.sh, whose time is short: FAILURES=FILE has each failure appended to it at once; RERUN=FILE runs
+those that such a file names for this library alone; DEADLINE=SECONDS, of the epoch, skips what would begin after that.
 """
 
 import os

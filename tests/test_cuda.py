@@ -184,7 +184,8 @@ class TestDevice:
             try:
                 check(blockdiag.linear, input, weight, bias)
             except RuntimeError as error:  # cuBLASLt need not have an algorithm that splits none
-                assert "expected allow_splitk=True" in str(error)
+                if "expected allow_splitk=True" not in str(error):
+                    raise
 
     def test_threads_with_streams_of_their_own(self, gemm):
         """Plans are shared, results are not."""
