@@ -6,6 +6,7 @@ from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear, Permute
 from blockdiag.flops import register_flop_formulas
 from blockdiag.functional import linear
 from blockdiag.modules import BlockDiagLinear
+from blockdiag.onnx import register_translation
 from blockdiag.tuning import preferred_cuda_gemm, tune, tune_from_environment
 from blockdiag.vmap import register_batching_rules
 
@@ -31,4 +32,5 @@ build_info = extension.build_info
 __version__: str = build_info()["version"]
 register_batching_rules()
 register_flop_formulas()
+register_translation()
 tune_from_environment()

@@ -1,8 +1,8 @@
 """Layers that stand in for a dense one: products of smaller layers, and permuted diagonal blocks.
 
-Each has the attribute ``weight`` (``PermutedBlockDiagLinear`` aside) of the dense layer that it stands in for,
-multiplied out on access, because modules such as :class:`torch.nn.MultiheadAttention` read the weight of a layer rather
-than call it.
+Each has the attribute ``weight`` (``PermutedBlockDiagLinear`` aside) of the dense layer that it stands in for, because
+modules such as :class:`torch.nn.MultiheadAttention` read the weight of a layer rather than call it. It is multiplied
+out when it is used: to read its shape, dtype or device costs nothing, to compute with it the product.
 """
 
 import math
@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from blockdiag.functional import linear
+from blockdiag.functional import is_jagged, linear, of_jagged
 from blockdiag.modules import BlockDiagLinear
+from blockdiag.product import multiply_out, product
 
 
 class _LowRank(nn.Module):
@@ -27,6 +28,7 @@ class _LowRank(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the parameters of both layers anew, as they do by themselves."""
+        multiply_out(self)
         self.down.reset_parameters()
         self.up.reset_parameters()
 
@@ -71,7 +73,13 @@ class LowRankLinear(_LowRank):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, of shape ``(out_features, in_features)``."""
+        """The dense weight, of shape ``(out_features, in_features)``, multiplied out when it is used."""
+        if torch.jit.is_scripting():
+            return self._multiplied()
+        factors = (self.up.weight, self.down.weight)
+        return product(self, self._multiplied, factors, (self.out_features, self.in_features))
+
+    def _multiplied(self) -> Tensor:
         return self.up.weight @ self.down.weight
 
     def extra_repr(self) -> str:
@@ -86,7 +94,7 @@ class LowRankConv(_LowRank):
 
     Args:
         conv: the :class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d``, or the LowRankConv, to take sizes and options
-            from; not its parameters.
+            from, with device, dtype, memory format, ``requires_grad`` and mode; not the values of its parameters.
         rank: number of channels in between, of each group.
 
     Shape:
@@ -108,7 +116,8 @@ class LowRankConv(_LowRank):
         super().__init__()
         self.rank, self.groups = rank, conv.groups
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        spatial: Any = conv.down if isinstance(conv, LowRankConv) else conv  # the one that has the kernel
+        spatial: Any  # the one that has the kernel
+        spatial, last = (conv.down, conv.up) if isinstance(conv, LowRankConv) else (conv, conv)
         kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[spatial.weight.dim() - 2]
         latent, options = rank * conv.groups, {"device": spatial.weight.device, "dtype": spatial.weight.dtype}
         self.down = kind(
@@ -124,16 +133,40 @@ class LowRankConv(_LowRank):
             **options,
         )
         self.up = kind(latent, conv.out_channels, 1, groups=conv.groups, bias=conv.bias is not None, **options)
+        for part in (self.down, self.up):
+            part.to(memory_format=_memory_format(spatial.weight))
+        self.down.weight.requires_grad_(spatial.weight.requires_grad)
+        self.up.weight.requires_grad_(last.weight.requires_grad)
+        if last.bias is not None:
+            self.up.bias.requires_grad_(last.bias.requires_grad)
+        self.train(conv.training)
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the one convolution, of shape ``(out_channels, in_channels / groups, *kernel_size)``."""
+        """The weight of the one convolution, multiplied out when it is used.
+
+        Of shape ``(out_channels, in_channels / groups, *kernel_size)``.
+        """
+        if torch.jit.is_scripting():
+            return self._multiplied()
+        factors = (self.up.weight, self.down.weight)
+        return product(self, self._multiplied, factors, (self.out_channels, *self.down.weight.shape[1:]))
+
+    def _multiplied(self) -> Tensor:
         down = self.down.weight.unflatten(0, (self.groups, self.rank)).flatten(2)
         up = self.up.weight.flatten(1).unflatten(0, (self.groups, -1))
         return (up @ down).flatten(0, 1).unflatten(1, self.down.weight.shape[1:])
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}"
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    """That of a convolution's weight, as torch reads it off the strides."""
+    probe = torch.empty_like(weight, device="meta")  # with the strides, and nothing to copy
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    channels_last = formats.get(weight.dim(), torch.contiguous_format)
+    return channels_last if probe.to(memory_format=channels_last) is probe else torch.contiguous_format
 
 
 class MonarchLinear(nn.Module):
@@ -199,7 +232,13 @@ class MonarchLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, of shape ``(out_features, in_features)``."""
+        """The dense weight, of shape ``(out_features, in_features)``, multiplied out when it is used."""
+        if torch.jit.is_scripting():
+            return self._multiplied()
+        factors = (self.second.weight, self.first.weight)
+        return product(self, self._multiplied, factors, (self.out_features, self.in_features))
+
+    def _multiplied(self) -> Tensor:
         in_blocks, out_blocks = self.num_blocks
         first = self.first.weight.unflatten(1, (out_blocks, self.rank))  # (k, l, r, in_block)
         second = self.second.weight.unflatten(2, (in_blocks, self.rank))  # (l, out_block, k, r)
@@ -211,6 +250,7 @@ class MonarchLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the parameters of both layers anew."""
+        multiply_out(self)
         self.first.reset_parameters()
         self.second.reset_parameters()
 
@@ -231,7 +271,8 @@ class PermutedBlockDiagLinear(BlockDiagLinear):
 
     Args:
         input_permutation: feature ``i`` of the blocks' input is feature ``input_permutation[i]`` of the layer's input,
-            an int64 tensor of shape ``(in_features,)``; ``None`` for none.
+            an int64 tensor of shape ``(in_features,)``, or a list; ``None`` for none. It is a buffer: a layer that was
+            made on the meta device, where values get lost, gets it back from a ``state_dict``.
         output_permutation: feature ``i`` of the layer's output is feature ``output_permutation[i]`` of the blocks'
             output, shape ``(out_features,)``; ``None`` for none.
         The others are those of :class:`BlockDiagLinear`. Bias and weight are in the order of the blocks' features.
@@ -262,16 +303,12 @@ class PermutedBlockDiagLinear(BlockDiagLinear):
         permutations = {"input": (input_permutation, in_features), "output": (output_permutation, out_features)}
         for name, (permutation, features) in permutations.items():
             if permutation is not None:
-                permutation = torch.as_tensor(permutation)
-                if not torch.equal(permutation.sort().values.cpu(), torch.arange(features)):
-                    raise ValueError(
-                        f"PermutedBlockDiagLinear: expected {name}_permutation to be a permutation of 0 to "
-                        f"{features - 1}, but got {permutation}"
-                    )
-                permutation = permutation.to(self.weight.device, copy=True)
+                permutation = _checked_permutation(f"{name}_permutation", permutation, features, self.weight.device)
             self.register_buffer(f"{name}_permutation", permutation)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and is_jagged(input):
+            return of_jagged(self.forward, input)
         output = linear(_permuted(input, self.input_permutation), self.weight, self.bias)
         return _permuted(output, self.output_permutation)
 
@@ -303,17 +340,44 @@ class PermutedBlockDiagLinear(BlockDiagLinear):
         return f"{super().extra_repr()}, permuted={' and '.join(permuted) or None}"
 
 
+def _checked_permutation(name: str, permutation: Any, features: int, device: torch.device) -> Tensor:
+    """A copy on the device; of one on the meta device only the size is checked."""
+    is_tensor = isinstance(permutation, Tensor)
+    if not is_tensor or permutation.shape == (features,):
+        if is_tensor and permutation.is_meta:
+            if device.type == "meta":
+                return permutation.to(torch.int64, copy=True)
+            raise ValueError(
+                f"PermutedBlockDiagLinear: expected {name} to have values, as the parameters on {device}, but it is on "
+                "the meta device"
+            )
+        # Values, and not a tensor of them, which torch.device("meta") as a context would take to where there are none.
+        values = permutation.tolist() if is_tensor else list(permutation)
+        if sorted(values) == list(range(features)):
+            return torch.tensor(values, dtype=torch.int64, device=device)
+    raise ValueError(
+        f"PermutedBlockDiagLinear: expected {name} to be a permutation of 0 to {features - 1}, but got {permutation}"
+    )
+
+
+def _is_refused(features: Any) -> bool:
+    return isinstance(features, Tensor) and (
+        features.layout != torch.strided or features.is_nested or features.is_quantized
+    )
+
+
 def _permuted(features: Tensor, permutation: Tensor | None) -> Tensor:
-    """The last dimension in another order."""
-    if permutation is None:
+    """The last dimension in another order; not of what `linear` refuses, and says what to do with."""
+    if permutation is None or (not torch.jit.is_scripting() and _is_refused(features)):
         return features
-    if features.shape[-1] != len(permutation):
+    # What torch.fx traces with is no Tensor, and has no sizes to compare.
+    if not torch.jit.is_scripting() and isinstance(features, Tensor) and features.shape[-1:] != permutation.shape:
         raise ValueError(
             f"PermutedBlockDiagLinear: expected the last dimension to be {len(permutation)}, but got the shape "
             f"{tuple(features.shape)}"
         )
     # On a CPU index_select is much faster on matrices than on tensors of more dimensions.
-    rows = features.flatten(0, -2) if features.dim() > 2 else features
+    rows = features.unsqueeze(0).flatten(0, -2)
     return rows.index_select(-1, permutation).view(features.shape)
 
 

@@ -1,11 +1,11 @@
 """What :class:`torch.utils.flop_counter.FlopCounterMode` counts for the ops: two operations for each product."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 def linear(input_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
@@ -23,7 +23,14 @@ def linear_weight_grad(
 
 
 def register_flop_formulas() -> None:
-    for formula in (linear, linear_input_grad, linear_weight_grad):
-        register_flop_formula(getattr(torch.ops.blockdiag, formula.__name__))(formula)
-    # Sums are not counted, as torch's own formulas do not.
-    register_flop_formula(torch.ops.blockdiag.linear_weight_bias_grad)(linear_weight_grad)
+    """Once for a process: where the package is imported again, the formulas of the first time stay."""
+    ops = torch.ops.blockdiag
+    formulas: dict[Any, Callable[..., int]] = {
+        ops.linear: linear,
+        ops.linear_input_grad: linear_input_grad,
+        ops.linear_weight_grad: linear_weight_grad,
+        ops.linear_weight_bias_grad: linear_weight_grad,  # sums are not counted, as torch's own formulas do not
+    }
+    for op, formula in formulas.items():
+        if op not in flop_registry:
+            register_flop_formula(op)(formula)

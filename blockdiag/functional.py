@@ -1,13 +1,19 @@
 """The functional form of the block-diagonal linear layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def _linear_of_jagged(input: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of a nested tensor whose rows lie one after the other, in the order of its batch."""
+def is_jagged(input: Any) -> bool:
+    # What torch.fx traces with is no Tensor, and cannot be asked whether it is nested.
+    return isinstance(input, Tensor) and input.is_nested and input.layout == torch.jagged
+
+
+def of_jagged(function: Callable[..., Tensor], input: Any, *args: Any) -> Tensor:
+    """A function of rows, of a nested tensor whose rows lie one after the other, in the order of its batch."""
     if input._ragged_idx != 1:
         raise NotImplementedError(
             f"blockdiag.linear: expected a jagged input to be ragged in dimension 1, but it is in {input._ragged_idx}: "
@@ -18,7 +24,7 @@ def _linear_of_jagged(input: Any, weight: Tensor, bias: Tensor | None) -> Tensor
             "blockdiag.linear: expected the rows of a jagged input to lie one after the other, but there are holes "
             "between them: call .contiguous() first"
         )
-    output = torch.ops.blockdiag.linear(input.values(), weight, bias)
+    output = function(input.values(), *args)
     lengths = {"min_seqlen": input._maybe_min_seqlen, "max_seqlen": input._maybe_max_seqlen}  # known already, or None
     return torch.nested.nested_tensor_from_jagged(output, input.offsets(), **lengths)
 
@@ -55,7 +61,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> blockdiag.linear(x, w, b).shape
         torch.Size([128, 128])
     """
-    # What torch.fx traces with is no Tensor, and cannot be asked whether it is nested.
-    if not torch.jit.is_scripting() and isinstance(input, Tensor) and input.is_nested and input.layout == torch.jagged:
-        return _linear_of_jagged(input, weight, bias)
+    if not torch.jit.is_scripting() and is_jagged(input):
+        return of_jagged(torch.ops.blockdiag.linear, input, weight, bias)
     return torch.ops.blockdiag.linear(input, weight, bias)

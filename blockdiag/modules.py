@@ -1,8 +1,9 @@
 """The block-diagonal linear layer as a module."""
 
 import math
+import warnings
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,15 @@ class BlockDiagLinear(nn.Module):
         bound = 1 / math.sqrt(in_block) if in_block > 0 else 0
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":  # by torch.ao.quantization, on every module, be it one that it can quantize or not
+            warnings.warn(
+                f"torch.ao.quantization has no quantized form of {type(self).__name__}, and leaves it as it is, unless "
+                "you give it a mapping with one. To quantize it, convert it by to_dense() or to_linears() before",
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)

@@ -1,16 +1,24 @@
 """Export to ONNX, as plain operators that any runtime has: it needs no library of ours."""
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_TORCHLIB = "torch.onnx._internal.exporter._torchlib"  # what torch.onnx.export can translate
+_TRANSLATIONS = f"{_TORCHLIB}.ops"  # imported, for what registers itself there, when they are first asked for
+
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The translation of ``torch.ops.blockdiag.linear`` for :func:`torch.onnx.export`.
 
-    A layer becomes a ``MatMul`` of the blocks between two transpositions. The batch may be dynamic.
+    A layer becomes a ``MatMul`` of the blocks between two transpositions. The batch may be dynamic. Once blockdiag is
+    imported, :func:`torch.onnx.export` finds this translation without the table (with ``dynamo=True``, its default).
 
     Raises:
         ModuleNotFoundError: onnxscript, which :func:`torch.onnx.export` needs too, is not installed.
@@ -48,3 +56,44 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Reshape(output, op.Concat(leading, op.Constant(value_ints=features), axis=0), allowzero=1)
 
     return {torch.ops.blockdiag.linear.default: linear}
+
+
+def _register() -> None:
+    try:
+        torchlib: Any = importlib.import_module(f"{_TORCHLIB}._torchlib_registry")
+        known = {entry.fx_target for entry in torchlib._registry}
+        for op, translation in translation_table().items():
+            if op not in known:
+                torchlib.onnx_impl(op, no_compile=True)(translation)
+    except Exception as error:  # of another version of torch or onnxscript; only exports of our layers are concerned
+        warnings.warn(
+            f"blockdiag: torch.onnx.export needs custom_translation_table=blockdiag.onnx.translation_table(): {error}",
+            stacklevel=2,
+        )
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Registers the translation with torch's own: to import the exporter takes seconds, and most programs never do."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _TRANSLATIONS:
+            return None
+        spec: Any = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: Any) -> None:
+                execute(module)
+                sys.meta_path.remove(self)
+                _register()
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def register_translation() -> None:
+    """Makes the translation known to :func:`torch.onnx.export`. Twice is as once."""
+    if _TRANSLATIONS in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OnImport())

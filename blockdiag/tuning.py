@@ -52,9 +52,9 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
     differs from that of the heuristic's first, and in deterministic mode if it differs between two runs. While a CUDA
     graph is captured nothing is measured: call the model once before.
 
-    It concerns what ``preferred_cuda_gemm`` lets cuBLASLt compute, and changes nothing without CUDA. The environment
-    variable ``BLOCKDIAG_TUNE=path`` does the same from import to exit; a process that ends without Python's exit, as
-    those that multiprocessing forks, writes nothing.
+    It concerns what ``preferred_cuda_gemm`` lets cuBLASLt compute; a build without CUDA has nothing to tune, and warns.
+    The environment variable ``BLOCKDIAG_TUNE=path`` does the same from import to exit; a process that ends without
+    Python's exit, as those that multiprocessing forks, writes nothing.
 
     Args:
         path: where choices are kept, as JSON. Those in it that were made on this GPU with these versions of torch and
@@ -76,6 +76,10 @@ def _tuning(path: str | os.PathLike[str] | None, measure: bool, compare_devices:
     if file is not None and not file.parent.is_dir():
         raise FileNotFoundError(f"blockdiag.tune: expected a file in an existing folder, but got {file}")
     if not hasattr(extension, "preferred_cuda_gemm"):
+        warnings.warn(
+            "blockdiag.tune: there is nothing to tune, as blockdiag was built without CUDA, and CPUs need no tuning",
+            stacklevel=5,
+        )
         yield
         return
     if preferred_cuda_gemm() == "cublas":
@@ -230,7 +234,9 @@ def _expect(value: object, types: dict[str, type]) -> None:
 def tune_from_environment() -> None:
     """Does what the environment variable BLOCKDIAG_TUNE asks for, until the process ends."""
     path = os.environ.get("BLOCKDIAG_TUNE")
-    if path:
+    # Where the package is imported again the compiled module is the same: it knows whether this was done.
+    if path and path not in vars(extension).setdefault("tuning_from_environment", []):
+        extension.tuning_from_environment.append(path)
         # Names of devices are not asked for: that would start CUDA on the first of them in every process.
         tuning = _tuning(path, measure=True, compare_devices=False)
         try:

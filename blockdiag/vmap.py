@@ -1,7 +1,8 @@
 """Batching rules: what :func:`torch.vmap` calls instead of the ops, once for the whole batch.
 
 A batched activation alone is one more leading dimension. Where the weight, or its gradient, is batched too, V layers of
-G blocks become one layer of V * G blocks.
+G blocks become one layer of V * G blocks. Results have the batch dimension in front and are contiguous, as those of the
+ops are, so that they are contiguous for the mapped function too.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch.library import register_vmap
+from torch.utils._pytree import tree_map
 
 ops = torch.ops.blockdiag
 
@@ -19,6 +22,11 @@ def _side_by_side(tensor: Tensor, batch_dim: int | None, batch_size: int, featur
     if batch_dim is None:
         tensor, batch_dim = tensor.expand(batch_size, *tensor.shape), 0
     return tensor.movedim(batch_dim, -1 - feature_dims).flatten(-1 - feature_dims)
+
+
+def _one_by_one(tensor: Tensor, batch_size: int, features: Sequence[int]) -> Tensor:
+    """The inverse: (V, *, features), from (*, V * features)."""
+    return tensor.unflatten(-1, (batch_size, *features)).movedim(-1 - len(features), 0).contiguous()
 
 
 def _blocks(weight: Tensor, batch_dim: int) -> Tensor:
@@ -46,13 +54,13 @@ def linear(info: Any, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor 
         if bias is not None and bias_dim is not None:
             ones = [1] * (len(shape) - feature_dims)
             bias = bias.movedim(bias_dim, 0).reshape(info.batch_size, *ones, *features)
-            output = output + bias.to(output.dtype)  # under autocast the output has another than the bias
+            # Under autocast the output has another dtype than the bias.
+            output = (output + bias.to(output.dtype)).contiguous()
         return output, 0
     if bias is not None:
         bias = _side_by_side(bias, bias_dim, info.batch_size, bias.dim() - (bias_dim is not None))
     rows = _side_by_side(input, input_dim, info.batch_size, feature_dims)
-    output = ops.linear(rows, _blocks(weight, weight_dim), bias)
-    return output.unflatten(-1, (info.batch_size, *features)), output.dim() - 1
+    return _one_by_one(ops.linear(rows, _blocks(weight, weight_dim), bias), info.batch_size, features), 0
 
 
 def linear_input_grad(
@@ -66,12 +74,12 @@ def linear_input_grad(
     rows = _side_by_side(grad_output, grad_dim, info.batch_size, feature_dims)
     sizes = [*rows.shape[:-1], info.batch_size * num_blocks * in_block]
     grad = ops.linear_input_grad(rows, _blocks(weight, weight_dim), sizes)
-    return grad.unflatten(-1, (info.batch_size, *input_sizes[-feature_dims:])), grad.dim() - 1
+    return _one_by_one(grad, info.batch_size, input_sizes[-feature_dims:]), 0
 
 
-def linear_weight_grad(
-    info: Any, in_dims: Any, grad_output: Tensor, input: Tensor, weight_sizes: Sequence[int]
-) -> tuple[Tensor, int]:
+def _weight_grad(
+    op: Any, info: Any, in_dims: Any, grad_output: Tensor, input: Tensor, weight_sizes: Sequence[int]
+) -> Any:
     grad_dim, input_dim, _ = in_dims
     num_blocks, out_block, in_block = weight_sizes
     shape = [size for dim, size in enumerate(input.shape) if dim != input_dim]
@@ -80,10 +88,20 @@ def linear_weight_grad(
         _side_by_side(tensor, dim, info.batch_size, feature_dims)
         for tensor, dim in ((grad_output, grad_dim), (input, input_dim))
     ]
-    grad = ops.linear_weight_grad(*rows, [info.batch_size * num_blocks, out_block, in_block])
-    return grad.unflatten(0, (info.batch_size, num_blocks)), 0
+    grads = op(*rows, [info.batch_size * num_blocks, out_block, in_block])
+    return tree_map(lambda grad: grad.unflatten(0, (info.batch_size, num_blocks)), grads)
+
+
+def linear_weight_grad(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    return _weight_grad(ops.linear_weight_grad, info, in_dims, *args), 0
+
+
+def linear_weight_bias_grad(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    return _weight_grad(ops.linear_weight_bias_grad, info, in_dims, *args), (0, 0)
 
 
 def register_batching_rules() -> None:
-    for rule in (linear, linear_input_grad, linear_weight_grad):
-        register_vmap(f"blockdiag::{rule.__name__}", rule)
+    """Once for a process: where the package is imported again, the rules of the first time stay."""
+    for rule in (linear, linear_input_grad, linear_weight_grad, linear_weight_bias_grad):
+        if not getattr(ops, rule.__name__).default.has_kernel_for_dispatch_key(DispatchKey.FuncTorchBatched):
+            register_vmap(f"blockdiag::{rule.__name__}", rule)

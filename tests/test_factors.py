@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import blockdiag
 from blockdiag import BlockDiagLinear, LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
 from blockdiag.factors import near_square_blocks
 
@@ -71,6 +72,86 @@ def test_convolution_computes_with_its_weight(conv):
     assert again.down.padding_mode == conv.padding_mode
 
 
+@pytest.fixture
+def two_threads():
+    """On one, torch computes some convolutions otherwise, and in doing so loses the format of the outputs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv3d(8, 6, 3), nn.Conv3d(8, 8, 1)],
+)
+def test_memory_format_of_convolutions(conv, memory_format, two_threads):
+    """Outputs, too, are laid out as the convolution's; after a conversion, and another."""
+    if conv.weight.dim() == 5 and memory_format == torch.channels_last:
+        memory_format = torch.channels_last_3d
+    conv = copy.deepcopy(conv).to(memory_format=memory_format)
+    layers = [LowRankConv(conv, 3)]
+    layers.append(LowRankConv(layers[0], 2))  # not 1: torch takes a tensor of one channel for contiguous
+    if conv.groups == 1:
+        model, _ = blockdiag.factorize(nn.Sequential(conv), latent_channels=3, min_channels=1, progress=False)
+        lower, _ = blockdiag.lower_rank(model, latent_channels=2, progress=False)
+        layers += [model[0], lower[0]]
+        assert [layer.rank for layer in layers] == [3, 2, 3, 2]
+    for layer in layers:
+        for part in (layer.down, layer.up):
+            assert part.weight.is_contiguous(memory_format=memory_format)
+        x = torch.randn(2, 8, *[5] * (conv.weight.dim() - 2))
+        for given in (x, x.to(memory_format=memory_format)):
+            assert layer(given).stride() == conv(given).stride()
+    meta = LowRankConv(conv.to("meta"), 3)
+    assert meta.down.weight.is_meta
+    assert meta.down.weight.is_contiguous(memory_format=memory_format)
+
+
+def test_convolutions_take_over_what_they_are_made_from():
+    conv = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", dtype=torch.float64).eval()
+    for frozen in ("weight", "bias"):
+        copied = copy.deepcopy(conv)
+        getattr(copied, frozen).requires_grad_(False)
+        layer = LowRankConv(LowRankConv(copied, 3), 2)
+        assert not any(module.training for module in layer.modules())
+        assert layer.down.weight.requires_grad == layer.up.weight.requires_grad == (frozen != "weight")
+        assert layer.up.bias.requires_grad == (frozen != "bias")
+        assert layer.down.padding_mode == "reflect"
+        assert layer.up.bias.dtype == layer.down.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("given", ["list", "tensor", "int32", "strided", "array"])
+def test_permutations_are_taken_in_any_form(given):
+    order = [2, 0, 3, 1]
+    tensor = torch.tensor(order)
+    forms = {"list": order, "tensor": tensor, "int32": tensor.int(), "array": tensor.numpy()}
+    permutation = forms.get(given, torch.stack([tensor, tensor], 1)[:, 0])
+    layer = PermutedBlockDiagLinear(4, 4, 2, permutation, permutation)
+    for buffer in layer.buffers():
+        assert buffer.dtype == torch.int64
+        assert buffer.is_contiguous()
+        assert buffer.tolist() == order
+    layer.input_permutation.zero_()
+    assert layer.output_permutation.tolist() == tensor.tolist() == order
+
+
+def test_permutations_on_the_meta_device():
+    order = torch.tensor([2, 0, 3, 1])
+    layer = PermutedBlockDiagLinear(4, 4, 2, order.to("meta"), order, device="meta")
+    assert layer.input_permutation.is_meta
+    with torch.device("meta"):
+        layer = PermutedBlockDiagLinear(4, 4, 2, order, order.tolist())
+        with pytest.raises(ValueError, match="expected output_permutation to be a permutation of 0 to 3, but got"):
+            PermutedBlockDiagLinear(4, 4, 2, None, [0, 1, 1, 2])
+    assert layer.input_permutation.is_meta
+    with pytest.raises(ValueError, match="expected input_permutation to be a permutation of 0 to 3, but got"):
+        PermutedBlockDiagLinear(4, 4, 2, torch.empty(5, dtype=torch.int64, device="meta"), device="meta")
+    with pytest.raises(ValueError, match=r"to have values, as the parameters on cpu, but it is on the meta"):
+        PermutedBlockDiagLinear(4, 4, 2, order.to("meta"))
+
+
 @pytest.mark.parametrize("permuted", ["neither", "input", "output", "both"])
 def test_permuted(permuted, device):
     orders = {
@@ -107,6 +188,14 @@ def test_permuted(permuted, device):
         (lambda: MonarchLinear(4, 6, 0), "expected in_features to be a multiple of its number of blocks 0, but got 4"),
         (
             lambda: PermutedBlockDiagLinear(4, 6, 2, input_permutation=torch.tensor([0, 1, 1, 2])),
+            "expected input_permutation to be a permutation of 0 to 3, but got",
+        ),
+        (
+            lambda: PermutedBlockDiagLinear(4, 6, 2, output_permutation=torch.arange(6).view(2, 3)),
+            "expected output_permutation to be a permutation of 0 to 5, but got",
+        ),
+        (
+            lambda: PermutedBlockDiagLinear(4, 6, 2, input_permutation=torch.tensor(3)),
             "expected input_permutation to be a permutation of 0 to 3, but got",
         ),
     ],

@@ -1,5 +1,7 @@
 """torch.func and forward-mode AD: the transforms of the layer equal those of a dense layer with the zeros in place."""
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -88,6 +90,62 @@ def test_vmap(input_dim, weight_dim, bias_dim, arguments):
         return mapped(*batched), grad(loss(mapped), wanted)(*batched), sample_grads
 
     torch.testing.assert_close(results(blockdiag.linear), results(dense))
+
+
+def contiguous(result):
+    """As the ops promise, also to a function that is mapped."""
+    for tensor in result if isinstance(result, tuple) else (result,):
+        assert tensor.is_contiguous()
+        assert tensor.view(-1).shape == (tensor.numel(),)
+    return result
+
+
+def batched_at(tensor, dim):
+    """Three of them, stacked at that dimension and, to have other strides than these, at the end."""
+    tensors = torch.stack([tensor, -tensor, tensor + 1], -1)
+    return tensor if dim is None else tensors.movedim(-1, dim)
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize(
+    "in_dims", [dims for dims in itertools.product((None, 0, 1, -1), repeat=2) if any(dims) or 0 in dims]
+)
+@pytest.mark.parametrize("bias_dim", [None, 0, -1])
+def test_results_of_vmap_are_contiguous_inside(in_dims, bias_dim, arguments):
+    """pytorch/functorch#999: all ops, where each argument is batched at any of its dimensions, or not."""
+    ops = torch.ops.blockdiag
+    x, weight, bias = arguments
+    grad_output = blockdiag.linear(x, weight)
+    x_sizes, weight_sizes = x.shape, weight.shape
+    calls = {
+        "linear": (lambda *args: ops.linear(*args), (x, weight, bias), (*in_dims, bias_dim)),
+        "no bias": (lambda *args: ops.linear(*args), (x, weight), in_dims),
+        "input_grad": (lambda *args: ops.linear_input_grad(*args, x_sizes), (grad_output, weight), in_dims),
+        "weight_grad": (lambda *args: ops.linear_weight_grad(*args, weight_sizes), (grad_output, x), in_dims),
+        "weight_bias_grad": (lambda *args: ops.linear_weight_bias_grad(*args, weight_sizes), (grad_output, x), in_dims),
+    }
+    for op, args, dims in calls.values():
+        batched = [batched_at(arg, dim) for arg, dim in zip(args, dims, strict=True)]
+        actual = contiguous(vmap(lambda *args, op=op: contiguous(op(*args)), dims)(*batched))
+        loop = [op(*[a if d is None else a.select(d, i) for a, d in zip(batched, dims, strict=True)]) for i in range(3)]
+        expected = torch.utils._pytree.tree_map(lambda *results: torch.stack(results), *loop)
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize("outer", [(0, None, None), (None, 0, None), (None, None, 0), (1, 1, 0)], ids=str)
+@pytest.mark.parametrize("inner", [(0, None, None), (None, 0, None), (None, None, 0), (1, 2, 0)], ids=str)
+def test_results_of_nested_vmap_and_of_gradients_in_it_are_contiguous_inside(outer, inner, arguments):
+    batched = [batched_at(batched_at(a, i), o) for a, i, o in zip(arguments, inner, outer, strict=True)]
+
+    def results(layer, check):
+        def function(*args):
+            grads = grad(lambda *args: check(layer(*args)).sin().sum(), (0, 1, 2))(*args)
+            return check(layer(*args)), *check(grads)
+
+        return vmap(vmap(function, inner), outer)(*batched)
+
+    torch.testing.assert_close(results(blockdiag.linear, contiguous), results(dense, lambda result: result))
 
 
 @pytest.mark.filterwarnings("error:There is a performance drop")

@@ -1,22 +1,23 @@
 """Export to ONNX: onnxruntime, which has no operator of ours, computes the same."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import blockdiag.onnx
 from blockdiag import BlockDiagLinear
+from every_module import CASES, first, initialized
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
 LEADING = [(5,), (2, 5), ()]
 
 
-def export(model, x, has_batch):
+def export(model, x, has_batch, **options):
     dynamic = ({0: torch.export.Dim("batch")},) if has_batch else None
-    table = blockdiag.onnx.translation_table()
-    program = torch.onnx.export(
-        model, (x,), dynamo=True, dynamic_shapes=dynamic, custom_translation_table=table, verbose=False
-    )
+    program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=dynamic, verbose=False, **options)
     return program.model_proto.SerializeToString(), {node.domain for node in program.model_proto.graph.node}
 
 
@@ -60,7 +61,53 @@ def test_empty_batches(bias, empty):
         torch.testing.assert_close(torch.from_numpy(actual), layer(x).detach())
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_module(case):
+    """Exported by torch.onnx.export alone."""
+    module, inputs = initialized(case), case.inputs(3)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.onnx.export(module, inputs, dynamo=True, dynamic_shapes=(batch,) * len(inputs), verbose=False)
+    model = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    names = [input.name for input in session.get_inputs()]
+    for size in (3, 5):
+        inputs = case.inputs(size)
+        actual = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+        torch.testing.assert_close(torch.from_numpy(actual[0]), first(module(*inputs)).detach())
+
+
+def test_the_table_and_an_exported_program_work_too():
+    layer, x = BlockDiagLinear(12, 20, 4).eval(), torch.randn(5, 12)
+    expected, domains = export(layer, x, has_batch=True)
+    assert export(layer, x, has_batch=True, custom_translation_table=blockdiag.onnx.translation_table())[0] == expected
+    program = torch.onnx.export(torch.export.export(layer, (x,)), dynamo=True, verbose=False)
+    assert {node.domain for node in program.model_proto.graph.node} == domains
+
+
+def test_registered_once():
+    from torch.onnx._internal.exporter._torchlib import _torchlib_registry
+
+    for _ in range(2):
+        blockdiag.onnx.register_translation()
+    entries = [entry for entry in _torchlib_registry.get_torchlib_ops() if "blockdiag" in str(entry.fx_target)]
+    assert len(entries) == 1
+    assert not any(isinstance(finder, blockdiag.onnx._OnImport) for finder in sys.meta_path)
+
+
+def test_what_cannot_be_registered_names_the_table(monkeypatch):
+    """In another version of torch, whose registry is another."""
+    registry = "torch.onnx._internal.exporter._torchlib._torchlib_registry"
+    monkeypatch.setitem(sys.modules, registry, None)
+    with pytest.warns(UserWarning, match=r"needs custom_translation_table=blockdiag.onnx.translation_table\(\)"):
+        blockdiag.onnx._register()
+
+
+def test_import_does_not_import_the_exporter():
+    code = "import sys, blockdiag; assert not {'onnxscript', 'torch.onnx._internal.exporter._core'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
 def test_without_onnxscript(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError, match="pip install onnx onnxscript"):
         blockdiag.onnx.translation_table()

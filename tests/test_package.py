@@ -28,6 +28,40 @@ def test_version_stands_in_one_file():
     assert not any(version in path.read_text() for path in others)
 
 
+def test_imported_again(tmp_path):
+    """As Jupyter's autoreload and plugins of pytest do: each module reloaded, then all deleted and imported anew."""
+    code = """if True:
+        import importlib, sys, warnings
+        import torch, blockdiag, blockdiag.distributed
+        from blockdiag.integrations import torch_uncertainty
+        from torch.utils.flop_counter import FlopCounterMode
+
+        def check(blockdiag):
+            x, weights = torch.randn(3, 12), torch.randn(5, 4, 2, 3)
+            torch.vmap(blockdiag.linear, (None, 0))(x, weights)
+            with FlopCounterMode(display=False) as counter:
+                blockdiag.BlockDiagLinear(12, 8, 4)(x)
+            assert counter.get_total_flops() == 2 * 3 * 4 * 2 * 3
+
+        names = [name for name in sys.modules if name.partition(".")[0] == "blockdiag"]
+        for name in names * 2:
+            importlib.reload(sys.modules[name])
+        check(importlib.reload(blockdiag))
+        finders = len(sys.meta_path)
+        for name in names:
+            del sys.modules[name]
+        again = importlib.import_module("blockdiag")
+        assert again is not blockdiag
+        importlib.import_module("blockdiag.distributed")
+        check(again)
+        check(blockdiag)
+    """
+    tuning = str(tmp_path / "tuning.json")
+    result = run(sys.executable, "-W", "error:duplicate", "-c", code, cwd=tmp_path, BLOCKDIAG_TUNE=tuning)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("there is nothing to tune") <= 1  # from the environment once, not at each import
+
+
 def test_report():
     result = run(sys.executable, "-m", "blockdiag")
     assert result.returncode == 0, result.stderr

@@ -1,11 +1,13 @@
 """The layer in the parts of PyTorch that have no test file of their own."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from blockdiag import BlockDiagLinear
+from blockdiag import BlockDiagLinear, PermutedBlockDiagLinear
 
 
 @pytest.fixture
@@ -93,8 +95,9 @@ def test_jagged_inputs_that_are_not_rows_one_after_the_other(layer, device):
     ids=["sparse", "csr", "mkldnn", "quantized", "nested"],
 )
 def test_other_layouts_are_refused(convert, way_round):
-    layer, x = BlockDiagLinear(12, 20, 4), torch.randn(5, 12)
-    for requires_grad in (False, True):
+    blocks, x = BlockDiagLinear(12, 20, 4), torch.randn(5, 12)
+    permuted = PermutedBlockDiagLinear(12, 20, 4, list(range(11, -1, -1)), list(range(19, -1, -1)))
+    for layer, requires_grad in itertools.product((permuted, blocks), (False, True)):
         layer.requires_grad_(requires_grad)
         with pytest.raises(NotImplementedError, match=f"blockdiag::linear: expected dense strided.*{way_round}"):
             layer(convert(x))

@@ -254,6 +254,50 @@ def test_the_sparse_implementation_trains(packed, calls):
         assert len(calls) == 5
 
 
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "sparse"])
+def test_meta_device(packed, calls, implementation):
+    """Made there by argument or context, run, and filled by a state dict, of any form, on any device."""
+    with integration.installed():
+        state = packed.PackedLinear(16, 16, 2, 2, implementation=implementation).state_dict()
+        for way in ("argument", "context"):
+            if way == "argument":
+                layer = packed.PackedLinear(16, 16, 2, 2, implementation=implementation, device="meta")
+            else:
+                with torch.device("meta"):
+                    layer = packed.PackedLinear(16, 16, 2, 2, implementation=implementation)
+            x = torch.empty(3, 32, device="meta")
+            assert layer(x).shape == (3, 32)
+            assert layer(x).is_meta
+            with torch.autocast("cpu", torch.bfloat16):
+                assert layer(x).dtype == torch.float32
+            dense = torch.block_diag(*state["weight"])
+            layer.load_state_dict({"weight": dense.to("meta"), "bias": state["bias"].to("meta")}, assign=True)
+            assert layer.weight.is_meta
+            layer.load_state_dict(state, assign=True)
+            assert layer(torch.randn(3, 32)).isfinite().all()
+        assert all(calls)
+
+
+def test_meta_attention(packed, calls):
+    with integration.installed():
+        layer = packed.PackedMultiheadAttention(24, 2, alpha=2, num_estimators=2, batch_first=True).to("meta")
+        x = torch.empty(2, 3, 48, device="meta")
+        assert layer(x, x, x)[0].shape == (2, 3, 48)
+    assert calls
+    assert all(calls)
+
+
+def test_installed_stays_so_where_the_integration_is_imported_again(packed, monkeypatch):
+    original = packed.packed_linear
+    integration.install()
+    installed = packed.packed_linear
+    importlib.reload(integration)
+    integration.install()
+    assert packed.packed_linear is installed
+    integration.uninstall()
+    assert packed.packed_linear is original
+
+
 @pytest.mark.parametrize("missing", ["torch_uncertainty.layers.packed", "packed_linear"])
 def test_what_to_install(packed, monkeypatch, missing):
     if missing == "packed_linear":

@@ -1,6 +1,7 @@
 """Choosing how a GPU computes: the library, and the file that keeps measured choices."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -224,6 +225,20 @@ blockdiag.tuning._add_to(Path(sys.argv[2]))
         with pytest.warns(UserWarning, match="has nothing for .*it was made for") as caught, blockdiag.tune(path):
             assert 501 not in [numbers[0] for numbers, _ in choices()]
         assert caught[0].filename == __file__
+
+    def test_a_build_without_cuda_says_so(self, tmp_path):
+        if blockdiag.build_info()["cuda"] != "none":
+            pytest.skip("this build has CUDA")
+        for path in (None, tmp_path / "tuning.json"):
+            with pytest.warns(
+                UserWarning, match=r"blockdiag.tune: there is nothing to tune.*built without CUDA"
+            ) as seen:
+                while_tuning(path, lambda: None)
+            assert seen[0].filename == __file__
+        environment = {**os.environ, "BLOCKDIAG_TUNE": str(tmp_path / "tuning.json")}
+        command = [sys.executable, "-c", "import blockdiag"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert result.stderr.count("there is nothing to tune") == 1
 
     def test_a_missing_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="expected a file in an existing folder"):

@@ -60,54 +60,99 @@ class SplitAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if is_causal and attn_mask is None:
-            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        batched = query.dim() == 3
-        if not batched:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(len(k), 1, -1)], dim=1)
-            v = torch.cat([v, self.bias_v.expand(len(v), 1, -1)], dim=1)
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        mask = self._mask(q, k, key_padding_mask, attn_mask)
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            output = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            output = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        output = self.out_proj(output.transpose(1, 2).flatten(2))
-        if not batched:
-            return output.squeeze(0), None if weights is None else weights.squeeze(0)
-        return output if self.batch_first else output.transpose(0, 1), weights
-
-    def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
-        """Both masks as one to add to the scores (batch, heads, queries, keys); what was appended is not masked."""
-
-        def additive(mask: Tensor) -> Tensor:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
-            return F.pad(mask.to(q.dtype), (0, k.shape[2] - mask.shape[-1]))
-
-        masks = []
-        if attn_mask is not None:
-            mask = additive(attn_mask)
-            masks.append(mask.unflatten(0, (q.shape[0], self.num_heads)) if mask.dim() == 3 else mask)
-        if padding is not None:
-            masks.append(additive(padding)[:, None, None, :])
-        return None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
+        q, k, v = _batch_first(query, key, value, attn_mask, is_causal, self.batch_first)
+        output, weights = _attend(
+            self.q_proj(q),
+            self.k_proj(k),
+            self.v_proj(v),
+            self.num_heads,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            key_padding_mask,
+            attn_mask,
+            need_weights,
+            average_attn_weights,
+            self.dropout if self.training else 0.0,
+        )
+        return _as_given(self.out_proj(output), weights, query, self.batch_first)
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
+
+
+def _batch_first(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, batch_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As (batch, length, features), from a batch or from one sequence of each; after a look at the arguments."""
+    if is_causal and attn_mask is None:
+        raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+    if query.dim() != 3:
+        return query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    if batch_first:
+        return query, key, value
+    return query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+
+
+def _as_given(output: Tensor, weights: Tensor | None, query: Tensor, batch_first: bool) -> tuple[Tensor, Tensor | None]:
+    """The inverse: a batch, or one sequence, as the query."""
+    if query.dim() != 3:
+        return output.squeeze(0), None if weights is None else weights.squeeze(0)
+    return output if batch_first else output.transpose(0, 1), weights
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    need_weights: bool,
+    average_attn_weights: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """What lies between the projections of (batch, length, features) and that of the output."""
+    if bias_k is not None and bias_v is not None:
+        k = torch.cat([k, bias_k.expand(k.shape[0], 1, -1)], dim=1)
+        v = torch.cat([v, bias_v.expand(v.shape[0], 1, -1)], dim=1)
+    if add_zero_attn:
+        k, v = F.pad(k, [0, 0, 0, 1]), F.pad(v, [0, 0, 0, 1])
+    q, k, v = (x.unflatten(-1, [num_heads, -1]).transpose(1, 2) for x in (q, k, v))
+    mask = _both_masks(q, k, key_padding_mask, attn_mask)
+    if not need_weights:
+        output = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        return output.transpose(1, 2).flatten(2), None
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+    output = (weights @ v).transpose(1, 2).flatten(2)
+    return output, weights.mean(1) if average_attn_weights else weights
+
+
+def _both_masks(q: Tensor, k: Tensor, padding: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+    """Both as one mask to add to the scores (batch, heads, queries, keys); what was appended is not masked."""
+    mask: Tensor | None = None
+    if attn_mask is not None:
+        mask = _additive_mask(attn_mask, q, k)
+        mask = mask.unflatten(0, [q.shape[0], q.shape[1]]) if mask.dim() == 3 else mask
+    if padding is not None:
+        padded = _additive_mask(padding if padding.dim() == 2 else padding.unsqueeze(0), q, k).unsqueeze(1).unsqueeze(1)
+        mask = padded if mask is None else mask + padded
+    return mask
+
+
+def _additive_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -float("inf"))
+    return F.pad(mask.to(q.dtype), [0, k.shape[2] - mask.shape[-1]])
+
+
+# For torch.fx: what depends on which arguments are given, and on their sizes, is one step of the graph.
+for _function in (_batch_first, _as_given, _attend):
+    torch.fx.wrap(_function.__name__)
 
 
 def split_attention(

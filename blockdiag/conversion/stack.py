@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from blockdiag.conversion.elementwise import has_hooks, is_elementwise
 from blockdiag.conversion.stacked_layers import (
@@ -54,23 +55,25 @@ class StackedModel(nn.Module):
         self.stacked = stacked
         self.num_models = num_models
         self._skeleton = (skeleton,)  # one of the models without values, and no submodule of this one
-        leaves = [module for module in stacked.modules() if not module._modules]
-        self._writes_to_its_input = bool(leaves) and getattr(leaves[0], "inplace", False)
+        self._needs_a_copy = _may_change_its_input(stacked)
 
     def forward(self, input: Tensor, stacked: bool = False) -> Tensor:
+        if not torch.jit.is_scripting() and _is_traced(stacked):
+            # torch.fx follows one way through the code, and must not make of the other's input what this way does.
+            torch._assert(stacked ^ True, "StackedModel: traced by torch.fx, but not with stacked=True")
+            stacked = False
         if stacked:
-            if input.shape[0] != self.num_models:
+            if not torch.jit.is_scripting() and input.shape[0] != self.num_models:
                 raise ValueError(
                     f"StackedModel: expected one input for each of {self.num_models} models in the first dimension, "
                     f"but got the shape {tuple(input.shape)}"
                 )
-            input = torch.stack([self.shared(part) for part in input.unbind(0)], dim=-2)
+            rows = torch.stack([self.shared(part) for part in input.unbind(0)], dim=-2)
         else:
-            input = self.shared(input).unsqueeze(-2)
-            input = input.expand(*input.shape[:-2], self.num_models, input.shape[-1])
-        if self._writes_to_its_input:
-            input = input.clone()
-        return self.stacked(input).movedim(-2, 0)
+            rows = _expanded(self.shared(input), self.num_models)
+            if self._needs_a_copy:
+                rows = rows.clone()
+        return self.stacked(rows).movedim(-2, 0)
 
     def to_models(self) -> list[nn.Module]:
         """The models, with copies of their parameters: the inverse of :func:`stack_models`."""
@@ -84,6 +87,28 @@ class StackedModel(nn.Module):
                     layer.restore(part, index)
                     restored.add(part)
         return models
+
+
+@torch.jit.unused
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, Proxy)
+
+
+def _expanded(rows: Tensor, num_models: int) -> Tensor:
+    """The same rows for all models: (*, num_models, features)."""
+    # By another tensor, and not by sizes: neither torch.fx nor TorchScript can put these together as Python does.
+    return torch.broadcast_tensors(rows.unsqueeze(-2), rows.new_empty([num_models, 1]))[0]
+
+
+def _may_change_its_input(model: nn.Module) -> bool:
+    """Whether a layer that works in place may get what goes in, or what goes in may come out."""
+    is_sequence = all(type(module) is nn.Sequential for module in model.modules() if module._modules)
+    hands_on = True
+    for layer in (module for module in model.modules() if not module._modules):
+        if getattr(layer, "inplace", False) and (hands_on or not is_sequence):
+            return True
+        hands_on = hands_on and isinstance(layer, (nn.Sequential, nn.Identity, nn.Dropout))
+    return hands_on
 
 
 def _parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:

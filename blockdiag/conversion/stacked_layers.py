@@ -1,7 +1,7 @@
 """Layers with parameters of their own for each of several stacked models, on inputs ``(*, num_models, features)``."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class _StackedAffine(nn.Module):
 class StackedLayerNorm(_StackedAffine):
     """:class:`torch.nn.LayerNorm` over the features."""
 
+    __constants__: ClassVar[list[str]] = ["eps", "normalized_shape"]
+
     def __init__(self, modules: Sequence[Any]) -> None:
         super().__init__(modules)
         self.normalized_shape, self.eps = modules[0].normalized_shape, modules[0].eps
@@ -52,6 +54,8 @@ class StackedLayerNorm(_StackedAffine):
 
 class StackedRMSNorm(_StackedAffine):
     """:class:`torch.nn.RMSNorm` over the features."""
+
+    __constants__: ClassVar[list[str]] = ["eps", "normalized_shape"]
 
     def __init__(self, modules: Sequence[Any]) -> None:
         super().__init__(modules)
@@ -105,12 +109,13 @@ class StackedBatchNorm1d(nn.Module):
             getattr(self.norm, name).requires_grad_(parameter.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 3:
+        # What torch.fx traces with is no Tensor, and cannot be compared.
+        if not torch.jit.is_scripting() and isinstance(input, Tensor) and input.dim() != 3:
             raise ValueError(
                 "StackedBatchNorm1d: expected an input (batch, num_models, features), but got the shape "
                 f"{tuple(input.shape)}"
             )
-        return self.norm(input.flatten(-2)).unflatten(-1, (self.num_models, -1))
+        return self.norm(input.flatten(-2)).unflatten(-1, [self.num_models, -1])
 
     def restore(self, module: nn.Module, index: int) -> nn.Module:
         """Copies the parameters and statistics of one model into a layer of its kind."""

@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 import blockdiag
+from blockdiag._load import extension
 
 _MODULE = "torch_uncertainty.layers.packed"
 _BLOCKS = ("full", "einsum", "conv1d")  # the implementations whose weight is (num_groups, out_block, in_block)
 _MISSING: Any = object()
-_replaced: list[tuple[Any, str, Any]] = []  # owner, attribute, what it was
+# Owner, attribute, what it was. Kept by the compiled module, which is the same where the package is imported again.
+_replaced: list[tuple[Any, str, Any]] = vars(extension).setdefault("replaced_in_torch_uncertainty", [])
 
 
 def _packed() -> ModuleType:
@@ -130,9 +132,13 @@ def _is_ours(inputs: Tensor, blocks: Tensor, num_groups: int, bias: Tensor | Non
         and inputs.shape[-1] == sizes[1]  # our op would take (*, num_groups, in_block) too
         and (bias is None or bias.shape == (sizes[0],))
         and (device in ("cpu", "meta") or (device == "cuda" and blockdiag.build_info()["cuda"] != "none"))
-        and (torch.is_autocast_enabled(device) or all(t.dtype == blocks.dtype for t in tensors))
+        and (all(t.dtype == blocks.dtype for t in tensors) or _casts(device))
         and (blocks.is_floating_point() or blocks.is_complex())
     )
+
+
+def _casts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _sparse_blocks(weight: Tensor, num_groups: int) -> Tensor | None:
@@ -228,7 +234,7 @@ def _as_blocks(weight: Tensor, groups: int, prefix: str) -> Tensor | None:
         return None
     dense = weight.to_dense() if weight.layout != torch.strided else weight
     blocks = dense.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    if not torch.equal(torch.block_diag(*blocks), dense):
+    if not dense.is_meta and not torch.equal(torch.block_diag(*blocks), dense):
         raise ValueError(
             f"'{prefix}weight' has elements outside of its {groups} blocks: no packed linear layer's weight"
         )

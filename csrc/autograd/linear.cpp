@@ -262,8 +262,10 @@ void set_tangent(
   if (has_tangent(right)) {
     sum = sum_of(sum, op(primal(left), tangent(right)));
   }
-  // Laid out as the result, or else torch makes a copy that is, which it cannot where sizes are symbolic.
-  result._set_fw_grad(sum.contiguous(), /*level=*/0, /*is_inplace_op=*/false);
+  // Laid out as the result, or else torch makes a copy that is, which it cannot where sizes are symbolic. A copy in any case
+  // where nothing was added to `more`, which is a view of an argument's tangent: in-place ops on the result would change it.
+  sum = has_tangent(left, right) ? sum.contiguous() : sum.clone(at::MemoryFormat::Contiguous);
+  result._set_fw_grad(sum, /*level=*/0, /*is_inplace_op=*/false);
 }
 
 at::Tensor autograd_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {

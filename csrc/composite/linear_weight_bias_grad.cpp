@@ -14,13 +14,15 @@ at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stac
   for (const auto dim : c10::irange(grad_output.dim() - (stacked ? 2 : 1))) {
     leading.push_back(dim);
   }
-  // A copy where there is nothing to sum: a parameter's gradient must not share memory with the gradient that arrived.
-  const auto sum = leading.empty() ? grad_output.clone() : grad_output.sum(leading);
+  // A copy where there is nothing to sum: a parameter's gradient must not share memory with the gradient that arrived. A sum
+  // is laid out as what it is of, which may be transposed.
+  const auto sum =
+      leading.empty() ? grad_output.clone(at::MemoryFormat::Contiguous) : grad_output.sum(leading).contiguous();
   if (stacked == bias_stacked) {
     return sum;
   }
   return bias_stacked ? sum.view_symint({weight_sizes[0], weight_sizes[1]})
-                      : sum.reshape_symint({weight_sizes[0] * weight_sizes[1]});
+                      : sum.view_symint({weight_sizes[0] * weight_sizes[1]});
 }
 
 std::tuple<at::Tensor, at::Tensor> separate_weight_and_bias_grad(

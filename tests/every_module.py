@@ -1,0 +1,89 @@
+"""Every public module: those that the package exports, and those that its conversions return."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import blockdiag
+from blockdiag.conversion.attention import SplitAttention
+
+_INPUT_ORDER = [3, 0, 2, 1, 5, 4, 11, 10, 9, 8, 7, 6]
+_OUTPUT_ORDER = [7, 5, 6, 4, 3, 1, 2, 0]
+
+
+class Case(NamedTuple):
+    make: Callable[..., nn.Module]  # takes device and dtype
+    inputs: Callable[[int], tuple[Tensor, ...]]  # of a batch size
+    takes_jagged: bool = True
+
+
+def _stacked(**options: Any) -> nn.Module:
+    def model() -> nn.Module:
+        layers = [nn.Linear(12, 6), nn.LayerNorm(6), nn.PReLU(), nn.BatchNorm1d(6), nn.RMSNorm(6), nn.GELU()]
+        return nn.Sequential(nn.Flatten(), *layers, nn.Dropout(0.0), nn.Linear(6, 8)).to(**options)
+
+    return blockdiag.stack_models([model() for _ in range(3)])
+
+
+def _replaced(**options: Any) -> nn.Module:
+    """What conversions make of a model that is traced, scripted and exported as a whole."""
+    with torch.device("cpu"):  # a model without values is not converted
+        model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        model, _ = blockdiag.replace_linear(model, "0", num_blocks=2, progress=False)
+        model, _ = blockdiag.factorize(model, "2", latent_features=2, min_features=1, progress=False)
+        model, _ = blockdiag.factorize(model, "4", method="monarch", min_features=1, progress=False)
+    return model.to(**{"device": torch.get_default_device(), **options})
+
+
+def _linear(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 12),)
+
+
+def _conv(kind: type, dims: int, **settings: Any) -> Case:
+    return Case(
+        lambda **options: blockdiag.LowRankConv(kind(4, 6, 3, **settings, **options), 2),
+        lambda batch: (torch.randn(batch, 4, *[5] * dims),),
+        takes_jagged=False,
+    )
+
+
+CASES = {
+    "BlockDiagLinear": Case(lambda **options: blockdiag.BlockDiagLinear(12, 8, 4, **options), _linear),
+    "PermutedBlockDiagLinear": Case(
+        lambda **options: blockdiag.PermutedBlockDiagLinear(12, 8, 4, _INPUT_ORDER, _OUTPUT_ORDER, **options), _linear
+    ),
+    "PermutedBlockDiagLinear, input": Case(
+        lambda **options: blockdiag.PermutedBlockDiagLinear(12, 8, 4, _INPUT_ORDER, bias=False, **options), _linear
+    ),
+    "PermutedBlockDiagLinear, neither": Case(
+        lambda **options: blockdiag.PermutedBlockDiagLinear(12, 8, 4, **options), _linear
+    ),
+    "LowRankLinear": Case(lambda **options: blockdiag.LowRankLinear(12, 8, 3, **options), _linear),
+    "MonarchLinear": Case(lambda **options: blockdiag.MonarchLinear(12, 8, (3, 4), 2, **options), _linear),
+    "LowRankConv, 1d": _conv(nn.Conv1d, 1, padding=1, padding_mode="circular"),
+    "LowRankConv, 2d": _conv(nn.Conv2d, 2, groups=2, bias=False),
+    "LowRankConv, 3d": _conv(nn.Conv3d, 3, stride=2),
+    "StackedModel": Case(_stacked, lambda batch: (torch.randn(batch, 3, 4),), takes_jagged=False),
+    "SplitAttention": Case(
+        lambda **options: SplitAttention(nn.MultiheadAttention(12, 3, batch_first=True, add_bias_kv=True, **options)),
+        lambda batch: tuple(torch.randn(batch, 5, 12) for _ in range(3)),
+        takes_jagged=False,
+    ),
+    "a converted model": Case(_replaced, _linear),
+}
+
+
+def initialized(case: Case, **options: Any) -> nn.Module:
+    """One in eval mode, whose values are all defined: SplitAttention is made to be filled."""
+    module = case.make(**options).eval()
+    for parameter in module.parameters():
+        if not parameter.is_meta:
+            nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def first(output: Any) -> Tensor:
+    """The output; that of attention without its weights."""
+    return output[0] if isinstance(output, tuple) else output
