@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockdiag import _load  # noqa: F401  # has the op, or says why not
+
 
 def _linear_of_jagged(input: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Of a nested tensor whose rows lie one after the other, in the order of its batch."""
