@@ -42,7 +42,7 @@ def without_torch():
     return (
         f"blockdiag is compiled against the torch that it will run with, and {why}.\n"
         "Install torch first, then build without isolation, so that the build sees it:\n"
-        "    pip install torch setuptools ninja pybind11\n"
+        '    pip install torch "setuptools>=70.1" ninja pybind11\n'
         "    pip install --no-build-isolation .                  # in blockdiag's source folder; or, from an index,\n"
         "    pip install --no-build-isolation torch-blockdiag"
     )

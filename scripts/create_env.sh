@@ -42,7 +42,7 @@ if [ -z "${TORCH:-}" ] && [ -n "$existing" ]; then
 else
   pip install "${TORCH:-$default_torch}"
 fi
-pip install -qq ninja pybind11 'setuptools>=70' wheel
+pip install -qq ninja pybind11 'setuptools>=70.1'
 
 echo "Building blockdiag"
 pip install -qq --no-build-isolation --editable .
