@@ -19,10 +19,10 @@ def _cpu_name() -> str:
 
 
 def _version_of(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    """The version that is installed. What a build left in the source folder is no installation."""
+    found = importlib.metadata.distributions(name=distribution)
+    versions = (each.version for each in found if not Path(str(each.locate_file("setup.py"))).exists())
+    return next(versions, "none")
 
 
 def _installation() -> dict[str, str]:

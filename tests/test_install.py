@@ -23,6 +23,7 @@ from blockdiag._load import compiled_module
 ROOT = Path(__file__).parent.parent
 VERSION = (ROOT / "VERSION").read_text().strip()
 RELEASE = ".".join(torch.__version__.split(".")[:2])
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git clone: git knows what are sources")
 LOCAL = f"{VERSION}+pt{RELEASE}cpu"
 COMPILER = """#!{python}
 import os, shutil, subprocess, sys
