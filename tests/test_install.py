@@ -290,3 +290,43 @@ def test_make_builds_again(place):
     make(TORCH=f"torch=={torch.__version__}", CPATH="/elsewhere")
     make(TORCH=f"torch=={torch.__version__}", CPATH="/elsewhere")
     assert made.read_text() == f"made by\nmade by torch=={torch.__version__}\n"
+
+
+def configure(place, folder: Path, torch_folder: Path, *options: str) -> str:
+    """What ninja would do after CMake's configuration."""
+    bin = Path(sys.executable).parent
+    options = (*options, f"-DCMAKE_PREFIX_PATH={torch_folder}/share/cmake", f"-DCMAKE_MAKE_PROGRAM={bin}/ninja")
+    run(bin / "cmake", "-S", place.sources, "-B", folder, "-G", "Ninja", "-DBUILD_TESTING=OFF", *options)
+    return (folder / "build.ninja").read_text()
+
+
+def test_cmake_builds_again(place, tmp_path):
+    """In one build folder: for another torch in the same place, and for one in another place."""
+
+    def fingerprint(text):
+        (found,) = set(re.findall(r"-DBLOCKDIAG_FINGERPRINT=(\w+)", text))
+        return found
+
+    before = configure(place, tmp_path, place.torch)
+    assert fingerprint(before) == fingerprint(configure(place, tmp_path, place.torch))
+    place.replace_torch(torch.__version__, f"{RELEASE}.99+other")
+    after = configure(place, tmp_path, place.torch)
+    place.replace_torch(f"{RELEASE}.99+other", torch.__version__)
+    assert fingerprint(before) != fingerprint(after)
+    elsewhere = Path(torch.__file__).parent
+    assert f"{place.torch}/lib/libc10.so" in after
+    assert f"{elsewhere}/lib/libc10.so" not in after
+    moved = configure(place, tmp_path, elsewhere)
+    assert f"{place.torch}/" not in moved
+    assert f"{elsewhere}/lib/libc10.so" in moved
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cmake_with_nvcc_of_another_major_version(place, tmp_path):
+    text = (place.torch / "version.py").read_text()
+    (place.torch / "version.py").write_text(re.sub("(?m)^cuda.*$", "cuda = '99.1'", text))
+    try:
+        with pytest.raises(AssertionError, match=r"torch has CUDA 99\.1, but nvcc in .* is\s+of\s+CUDA"):
+            configure(place, tmp_path, place.torch, "-DBLOCKDIAG_CUDA=ON")
+    finally:
+        (place.torch / "version.py").write_text(text)
