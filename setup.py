@@ -5,29 +5,54 @@ CUDA is built when torch has CUDA and nvcc is found; a GPU is not needed to buil
 FORCE_CUDA=1          build CUDA, or fail saying what is missing
 FORCE_CPU=1           do not build CUDA
 TORCH_CUDA_ARCH_LIST  architectures to build for; by default those of this machine's GPUs, and without any "8.0;9.0+PTX"
+
+torch is imported late: an sdist is made without it, and `setup.py fingerprint`, which make calls each time, is quick.
 """
 
+import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "VERSION").read_text().strip()
-MINIMUM_TORCH = (2, 11)
+MINIMUM_TORCH = "2.11"
+ARGUMENTS = sys.argv[1:]
+TORCH = getattr(importlib.util.find_spec("torch"), "origin", None)  # its __init__.py: a folder that was left has none
 
-if importlib.util.find_spec("torch") is None:
-    sys.exit(
-        "blockdiag is compiled against the torch that it will run with, and this environment has none.\n"
+
+def without_torch():
+    """What to say where a build sees no torch."""
+    places = os.pathsep.join([sys.prefix, *sys.path])
+    if "pip-build-env-" in places:
+        why = "pip is building in isolation: in an environment of its own, which has no torch"
+    elif re.search(r"[/\\](build-env-|builds-v\d)", places):  # of `python -m build` and of uv
+        why = "this is an isolated build: in an environment of its own, which has no torch"
+    else:
+        why = "this environment has none"
+    return (
+        f"blockdiag is compiled against the torch that it will run with, and {why}.\n"
         "Install torch first, then build without isolation, so that the build sees it:\n"
-        "    pip install torch setuptools ninja pybind11\n"
-        "    pip install --no-build-isolation ."
+        '    pip install torch "setuptools>=70.1" ninja pybind11\n'
+        "    pip install --no-build-isolation .                  # in blockdiag's source folder; or, from an index,\n"
+        "    pip install --no-build-isolation torch-blockdiag"
     )
+
+
+class NothingToCompile(build_ext):
+    """Of a call that makes an sdist, where torch is missing or what is built with it must not get into the metadata."""
+
+    def run(self):
+        sys.exit(without_torch() if TORCH is None else "Build the sdist and the wheel by two calls of setup.py.")
 
 
 def find_toolkit():
@@ -45,20 +70,40 @@ def find_toolkit():
 
 
 TOOLKIT = find_toolkit()
-if TOOLKIT is not None:
-    os.environ["CUDA_HOME"] = TOOLKIT  # torch.utils.cpp_extension reads it when it is imported
 
-import torch  # noqa: E402
-from torch.utils.cpp_extension import (  # noqa: E402
-    BuildExtension,
-    CppExtension,
-    CUDAExtension,
-    include_paths,
-)
+
+def says(*command):
+    """What a program says of its version."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
+def fingerprint():
+    """A digest of what objects depend on and a dependency file does not tell.
+
+    The headers of torch and of the compiler are system headers, which are left out there, and pip or uv may put one
+    release in another's place, with dates of its own.
+    """
+    torch_version = Path(TORCH).with_name("version.py")  # of each build of torch another
+    variables = (
+        r"CC|CXX|C(PP|XX)?FLAGS|LDFLAGS|CPATH|C\w*_INCLUDE_PATH|CUDA_(HOME|PATH)|TORCH_CUDA\w+|\w*NVCC\w*|FORCE_\w+"
+    )
+    parts = [
+        *(torch_version.read_text(), torch_version.stat().st_mtime_ns),
+        *(sys.version, sysconfig.get_config_var("SOABI")),
+        says(*shlex.split(os.environ.get("CXX", "c++")), "--version"),
+        *((TOOLKIT, says(os.path.join(TOOLKIT, "bin", "nvcc"), "--version")) if TOOLKIT else ()),
+        sorted(item for item in os.environ.items() if re.fullmatch(variables, item[0])),
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def decide_cuda():
     """Whether to build CUDA, and why."""
+    import torch
+
     force_cuda, force_cpu = (os.environ.get(name, "0") == "1" for name in ("FORCE_CUDA", "FORCE_CPU"))
     if force_cuda and force_cpu:
         sys.exit("FORCE_CUDA=1 and FORCE_CPU=1 contradict each other: set one of them.")
@@ -69,6 +114,13 @@ def decide_cuda():
     elif TOOLKIT is None:
         missing = f"torch {torch.__version__} has CUDA {torch.version.cuda}, but no nvcc is on the PATH or in CUDA_HOME"
     else:
+        nvcc = re.search(r"release (\d+)\.\d+", says(os.path.join(TOOLKIT, "bin", "nvcc"), "--version"))
+        if nvcc and nvcc[1] != torch.version.cuda.split(".")[0]:
+            sys.exit(
+                f"torch {torch.__version__} has CUDA {torch.version.cuda}, but nvcc in {TOOLKIT} is of CUDA "
+                f"{nvcc[0].split()[1]}: the major versions must be the same.\nInstall that toolkit and set CUDA_HOME "
+                "to its folder, or install a torch for this one, or build without CUDA: FORCE_CPU=1."
+            )
         return True, f"torch {torch.__version__} has CUDA {torch.version.cuda}, nvcc is in {TOOLKIT}"
     if force_cuda:
         sys.exit(f"FORCE_CUDA=1, but {missing}.")
@@ -84,15 +136,31 @@ def pip_cuda_headers():
 
 def torch_release():
     """The "2.11" of torch 2.11.0: the part of its version that fixes the interface of compiled code."""
-    release = torch.__version__.split(".")[:2]
-    if tuple(map(int, release)) < MINIMUM_TORCH:
-        minimum = ".".join(map(str, MINIMUM_TORCH))
-        sys.exit(f"blockdiag needs torch {minimum} or newer, but this environment has torch {torch.__version__}.")
-    return ".".join(release)
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) < tuple(map(int, MINIMUM_TORCH.split("."))):
+        sys.exit(f"blockdiag needs torch {MINIMUM_TORCH} or newer, but this environment has torch {torch.__version__}.")
+    return f"{major}.{minor}"
 
 
-def make_extension():
-    with_cuda, why = decide_cuda()
+def local_version(with_cuda):
+    """The "+pt2.13cpu" or "+pt2.14cu130" that tells apart wheels for different torches, which work with no other.
+
+    pip refuses an sdist that it found by name if its build has another version than its file. What was unpacked from
+    one gets it only in the folders that `python -m build`, and pip for the sdist's path, unpack to.
+    """
+    import torch
+
+    if (ROOT / "PKG-INFO").exists() and not ROOT.name.startswith((f"torch_blockdiag-{VERSION}", "pip-req-build-")):
+        return ""
+    return f"+pt{torch_release()}" + (f"cu{torch.version.cuda.replace('.', '')}" if with_cuda else "cpu")
+
+
+def make_extension(with_cuda, why):
+    import torch
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
+
     print(f"blockdiag {VERSION}: building {'CUDA and CPU' if with_cuda else 'CPU only'} ({why})", flush=True)
 
     def find(pattern):
@@ -100,7 +168,8 @@ def make_extension():
 
     unavailable = {"csrc/cuda/unavailable.cpp"}
     sources = find("**/*.cpp") - (unavailable if with_cuda else find("cuda/*.cpp") - unavailable)
-    macros = [("BLOCKDIAG_VERSION", f'"{VERSION}"')]
+    # The code does not read the fingerprint: an object whose command line has changed is compiled again.
+    macros = [("BLOCKDIAG_VERSION", f'"{VERSION}"'), ("BLOCKDIAG_FINGERPRINT", fingerprint())]
     # Warnings are for our code: torch's headers, which torch's own flags name with -I, count as system headers when
     # they are named with -isystem too.
     flags = ["-std=c++20", "-O3"]
@@ -123,10 +192,33 @@ def make_extension():
     return extension
 
 
-setup(
-    version=VERSION,
-    license="Apache-2.0",
-    install_requires=[f"torch=={torch_release()}.*"],
-    ext_modules=[make_extension()],
-    cmdclass={"build_ext": BuildExtension},
-)
+def built_with_torch():
+    """The arguments of setup() that depend on torch."""
+    if TOOLKIT is not None:
+        os.environ["CUDA_HOME"] = TOOLKIT  # torch.utils.cpp_extension reads it when it is imported
+    from torch.utils.cpp_extension import BuildExtension
+
+    with_cuda, why = decide_cuda()
+    return {
+        "version": VERSION + local_version(with_cuda),
+        "install_requires": [f"torch=={torch_release()}.*"],
+        "ext_modules": [make_extension(with_cuda, why)],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"build_ext": {"force": True}},  # without ninja, setuptools would look at the sources' dates alone
+    }
+
+
+if TORCH is None and not {"egg_info", "sdist"} & set(ARGUMENTS):
+    sys.exit(without_torch())
+if ARGUMENTS == ["fingerprint"]:
+    print(fingerprint())
+elif TORCH is None or "sdist" in ARGUMENTS:
+    setup(
+        version=VERSION,
+        license="Apache-2.0",
+        install_requires=[f"torch>={MINIMUM_TORCH}"],
+        ext_modules=[Extension("blockdiag._C", [])],
+        cmdclass={"build_ext": NothingToCompile},
+    )
+else:
+    setup(license="Apache-2.0", **built_with_torch())

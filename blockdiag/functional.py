@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockdiag import _load  # noqa: F401  # has the op, or says why not
+
 
 def is_jagged(input: Any) -> bool:
     # What torch.fx traces with is no Tensor, and cannot be asked whether it is nested.

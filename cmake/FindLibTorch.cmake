@@ -1,22 +1,35 @@
-# Finds libtorch: the target LibTorch::LibTorch, and LibTorch_CUDA_LIBRARIES (empty if torch was built without CUDA).
+# Finds libtorch: the target LibTorch::LibTorch, LibTorch_CUDA_LIBRARIES (empty if torch was built without CUDA),
+# LibTorch_CUDA_VERSION (where a Python package tells), and LibTorch_RELEASE, the part of its version that fixes the
+# interface of compiled code. LibTorch_VERSION_FILES differ from one build of torch to another.
 #
 # find_package(Torch) insists on a whole CUDA toolkit wherever torch was built with CUDA, even to build for CPUs alone, and
 # takes no library from where pip installs it. Only the place of torch's package file is used here. Looks in Torch_DIR and
 # CMAKE_PREFIX_PATH, as find_package(Torch) does.
-find_path(Torch_DIR TorchConfig.cmake PATHS ${CMAKE_PREFIX_PATH} PATH_SUFFIXES Torch share/cmake/Torch)
+#
+# Nothing found is cached: a build folder would go on with what was there before torch was replaced, or named anew.
+find_path(Torch_DIR TorchConfig.cmake PATHS ${CMAKE_PREFIX_PATH} PATH_SUFFIXES Torch share/cmake/Torch NO_CACHE)
 if(Torch_DIR)
   get_filename_component(LibTorch_ROOT ${Torch_DIR}/../../.. ABSOLUTE)
   file(STRINGS ${LibTorch_ROOT}/include/torch/headeronly/version.h version REGEX "TORCH_VERSION_(MAJOR|MINOR|PATCH) [0-9]+")
   string(REGEX REPLACE "[^0-9;]" "" version "${version}")
   string(REPLACE ";" "." LibTorch_VERSION "${version}")
+  string(REGEX MATCH "^[0-9]+\\.[0-9]+" LibTorch_RELEASE "${LibTorch_VERSION}")
+  file(GLOB LibTorch_VERSION_FILES ${LibTorch_ROOT}/version.py ${LibTorch_ROOT}/build-*
+       ${LibTorch_ROOT}/include/torch/headeronly/version.h
+  )
+  set(LibTorch_CUDA_VERSION)
+  if(EXISTS ${LibTorch_ROOT}/version.py)
+    file(STRINGS ${LibTorch_ROOT}/version.py line REGEX "^cuda")
+    string(REGEX MATCH "[0-9]+\\.[0-9]+" LibTorch_CUDA_VERSION "${line}")
+  endif()
   foreach(name torch_cpu c10 torch_cuda c10_cuda)
-    find_library(LibTorch_${name} ${name} PATHS ${LibTorch_ROOT}/lib NO_DEFAULT_PATH)
+    find_library(LibTorch_${name} ${name} PATHS ${LibTorch_ROOT}/lib NO_CACHE NO_DEFAULT_PATH)
   endforeach()
 endif()
 
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(
-  LibTorch REQUIRED_VARS Torch_DIR LibTorch_torch_cpu LibTorch_c10 VERSION_VAR LibTorch_VERSION
+  LibTorch REQUIRED_VARS Torch_DIR LibTorch_torch_cpu LibTorch_c10 VERSION_VAR LibTorch_VERSION HANDLE_VERSION_RANGE
 )
 
 if(LibTorch_FOUND)

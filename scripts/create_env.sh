@@ -42,10 +42,8 @@ if [ -z "${TORCH:-}" ] && [ -n "$existing" ]; then
 else
   pip install "${TORCH:-$default_torch}"
 fi
-pip install -qq ninja pybind11 'setuptools>=70' wheel
+pip install -qq ninja pybind11 'setuptools>=70.1'
 
-echo "Building blockdiag, and installing what its tests and examples need"
-pip install -qq --no-build-isolation --editable '.[demo,lint,test]'
-# Its layers, which are tested; without its dependencies, which would bring another torch.
-pip install -qq --no-deps torch-uncertainty==0.13.0 einops
+echo "Building blockdiag"
+pip install -qq --no-build-isolation --editable .
 python -m blockdiag

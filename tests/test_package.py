@@ -1,5 +1,6 @@
 """Loading, reporting, and what is said when something does not fit."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -62,6 +63,18 @@ def test_imported_again(tmp_path):
     assert result.stderr.count("there is nothing to tune") <= 1  # from the environment once, not at each import
 
 
+def test_version_of_the_installed_package():
+    """It tells the torch that the package was built for, and whether that is with CUDA."""
+    try:
+        installed = importlib.metadata.version("torch-blockdiag")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("built in place, and not installed")
+    release = ".".join(torch.__version__.split(".")[:2])
+    with_cuda = blockdiag.build_info()["cuda"] != "none"
+    cuda = f"cu{torch.version.cuda.replace('.', '')}" if with_cuda else "cpu"
+    assert installed == f"{blockdiag.__version__}+pt{release}{cuda}"
+
+
 def test_report():
     result = run(sys.executable, "-m", "blockdiag")
     assert result.returncode == 0, result.stderr
@@ -117,6 +130,84 @@ def test_module_that_does_not_load(copied_package):
     assert "pip install --no-build-isolation" in message
 
 
+def report_of(folder):
+    """What `python -m blockdiag` prints in a folder, and its status."""
+    result = run(sys.executable, "-m", "blockdiag", cwd=folder, PYTHONPATH="")
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stdout, result.returncode
+
+
+def test_report_where_the_import_fails(copied_package):
+    """Of another torch, and of a module that is damaged or missing."""
+    module, _ = copied_package
+    folder = module.parent.parent
+    built_for = blockdiag.build_info()["torch"].encode()
+    whole = module.read_bytes()
+    damaged = whole.replace(b"was built for torch " + built_for, b"was built for torch 1" + built_for[1:])
+    for data, problem in ((damaged, "blockdiag was built for torch 1"), (b"", "compiled module cannot be loaded")):
+        module.write_bytes(data)
+        output, status = report_of(folder)
+        assert status == 1
+        assert f"blockdiag cannot be imported: {'' if data else 'blockdiag' + chr(39) + 's '}{problem}" in output
+        assert module.name in output
+        assert torch.__version__ in output
+    module.unlink()
+    output, status = report_of(folder)
+    assert status == 1
+    assert re.search(
+        "compiled modules: +none.*cannot be imported: blockdiag's compiled module is missing", output, re.S
+    )
+
+
+def test_report_without_torch(copied_package, tmp_path):
+    """None, and one whose libraries are missing."""
+    broken = tmp_path / "torch"
+    broken.mkdir()
+    for raised, said in (
+        ("ModuleNotFoundError('No torch', name='torch')", "needs torch, and this environment has none"),
+        ("OSError('libcudart.so.13: cannot open')", "this environment's cannot be imported: libcudart.so.13"),
+    ):
+        (broken / "__init__.py").write_text(f"raise {raised}")
+        output, status = report_of(tmp_path)
+        assert status == 1
+        assert said in output
+
+
+def test_source_folder_before_the_installed_package(copied_package, tmp_path):
+    """After `pip install .`, in the clone: the report is of what is installed, the import says what is in its way."""
+    module, _ = copied_package
+    sources = tmp_path / "sources"
+    (sources / "csrc").mkdir(parents=True)
+    (sources / "setup.py").touch()
+    shutil.copytree(module.parent, sources / "blockdiag", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    for command, expected in ((["-m", "blockdiag"], 0), (["-c", "import blockdiag"], 1)):
+        result = run(sys.executable, *command, cwd=sources, PYTHONPATH=str(tmp_path))
+        assert result.returncode == expected, result.stderr
+        if expected == 0:
+            assert f"imported from {module.parent}\n" in result.stdout
+        else:
+            assert f"before the installed package in {module.parent}. Run Python in another folder" in result.stderr
+    # A module beside the sources is not replaced by installing the package elsewhere.
+    shutil.copy(module, sources / "blockdiag")
+    (sources / "blockdiag" / module.name).write_bytes(b"not a library")
+    result = run(sys.executable, "-c", "import blockdiag", cwd=sources, PYTHONPATH=str(tmp_path))
+    assert "pip install --no-build-isolation --no-deps --editable ." in result.stderr
+
+
+@pytest.mark.parametrize("init", [None, '__version__ = "3.0.0"\n'], ids=["uninstalled", "installed over ours"])
+@pytest.mark.parametrize("command", [["-m", "blockdiag"], ["-c", "from blockdiag.modules import BlockDiagLinear"]])
+def test_the_other_blockdiag(copied_package, init, command):
+    """The package that draws diagrams has overwritten our __init__.py, or taken it along when it was uninstalled."""
+    module, _ = copied_package
+    path = module.parent / "__init__.py"
+    path.unlink() if init is None else path.write_text(init)
+    result = run(sys.executable, *command, cwd=module.parent.parent, PYTHONPATH="")
+    assert result.returncode == 1
+    said = result.stdout if command[0] == "-m" else result.stderr
+    assert "draws diagrams" in said
+    assert re.search("pip uninstall blockdiag\n.*pip install .* torch-blockdiag", said, re.S)
+
+
 def without_torch(code, cwd):
     """Runs `code` in an interpreter that finds the standard library and setuptools, but no torch."""
     hide = "import sys; sys.modules['torch'] = None; sys.path.insert(0, '.'); "
@@ -138,7 +229,56 @@ def test_build_without_torch():
     result = run(sys.executable, "-c", hide, cwd=ROOT)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
+    assert "this environment has none" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr
+    assert "pip install --no-build-isolation torch-blockdiag" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("pip-build-env-1a2b/overlay", "pip is building in isolation"),
+        ("build-env-1a2b", "this is an isolated build"),
+        ("builds-v0/.tmp1a2b", "this is an isolated build"),
+    ],
+    ids=["pip", "build", "uv"],
+)
+def test_isolated_build(tmp_path, folder, said):
+    """The environment of the build has no torch, which says nothing of the user's."""
+    code = (
+        "import importlib.util as u, runpy; find = u.find_spec; "
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest); "
+        "import sys; sys.argv = ['setup.py', 'dist_info']; runpy.run_path('setup.py')"
+    )
+    (tmp_path / folder).mkdir(parents=True)
+    result = run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(tmp_path / folder))
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert "has none" not in result.stderr
+
+
+@pytest.mark.parametrize("force_cuda", ["0", "1"])
+def test_nvcc_of_another_major_version(tmp_path, force_cuda):
+    """Both versions are said, and the way without CUDA, before torch compares them. Another minor version will do."""
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    code = (
+        "import torch, runpy, sys; torch.version.cuda = '13.0'; sys.argv = ['setup.py', '--version']; "
+        "runpy.run_path('setup.py')"
+    )
+
+    def version(nvcc_version, **environment):
+        nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {nvcc_version}, V{nvcc_version}.1\n")
+        nvcc.chmod(0o755)
+        variables = {"CUDA_HOME": str(tmp_path), "FORCE_CUDA": force_cuda, **environment}
+        return run(sys.executable, "-c", code, cwd=ROOT, **variables)
+
+    result = version("12.8")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert re.search(rf"has CUDA 13\.0, but nvcc in {tmp_path} is of CUDA 12\.8.*FORCE_CPU=1", result.stderr, re.S)
+    assert "building CUDA and CPU (" in version("13.1").stdout
+    assert "building CPU only (FORCE_CPU=1)" in version("12.8", FORCE_CUDA="0", FORCE_CPU="1").stdout
 
 
 def test_contradicting_build_switches():

@@ -1,10 +1,11 @@
-"""TorchUncertainty's packed layers, computed by blockdiag, without changes in the code that uses them.
+"""TorchUncertainty's packed linear layers, computed by blockdiag, without changes in the code that uses them.
 
 :func:`install` makes blockdiag what ``PackedLinear``, and the projections of ``PackedMultiheadAttention`` and of the
-packed transformer layers, compute with, whatever their ``implementation`` is; :func:`uninstall` takes it back, and
-:func:`installed` does both around a block of code. Classes, parameters, state dicts and pickles stay TorchUncertainty's
-own: the function ``packed_linear`` is exchanged, so that layers made before are served too. What blockdiag does not
-compute, and what the library would refuse, goes to the library's own function.
+packed transformer layers, compute with, whatever their ``implementation`` is; packed convolutions and norms stay the
+library's. :func:`uninstall` takes it back, and :func:`installed` does both around a block of code. Classes, parameters,
+state dicts and pickles stay TorchUncertainty's own: the function ``packed_linear`` is exchanged, so that layers made
+before are served too. What blockdiag does not compute, and what the library would refuse, goes to the library's own
+function.
 
 While installed, layers also load checkpoints of other implementations and of other versions of the library, back to
 0.1; :func:`convert_state_dict` does that by itself.
