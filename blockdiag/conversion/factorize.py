@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockdiag.conversion import projection
-from blockdiag.conversion.convert import Build, Change, Conversion, convert, fill, merged
+from blockdiag.conversion.convert import Build, Change, Conversion, convert, merged
+from blockdiag.conversion.duplicate import duplicate
 from blockdiag.conversion.moments import Calibration, Moments, exact
+from blockdiag.conversion.optimizers import Heir
 from blockdiag.conversion.ranks import Candidate, Target, choose_ranks
 from blockdiag.conversion.report import Step
 from blockdiag.conversion.select import (
@@ -23,7 +25,7 @@ from blockdiag.conversion.select import (
     attention_projections,
     select,
 )
-from blockdiag.conversion.surgery import Heir, Replacement
+from blockdiag.conversion.surgery import Replacement, fill
 from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear, near_square_blocks
 
 
@@ -310,13 +312,14 @@ def _project(layer: Any, matrices: _Matrices, rank: int) -> tuple[Any, float]:
 
 
 def _empty_layer(old: Any, num_blocks: tuple[int, int], rank: int) -> Any:
-    """Of the old layer's sizes, device and dtype; with a bias if it has one."""
+    """Of the old layer's sizes, device and dtype; with a bias if it has one. Draws no random numbers."""
+    device = _first_parameter(old).device
     if hasattr(old, "in_channels"):
-        return LowRankConv(old, rank)
-    arguments = (rank, old.bias is not None, _first_parameter(old).device, _first_parameter(old).dtype)
+        return LowRankConv(duplicate(old, hooks=False, meta=True), rank).to_empty(device=device)
+    arguments = (rank, old.bias is not None, "meta", _first_parameter(old).dtype)
     if isinstance(old, MonarchLinear) or num_blocks != (1, 1):
-        return MonarchLinear(old.in_features, old.out_features, num_blocks, *arguments)
-    return LowRankLinear(old.in_features, old.out_features, *arguments)
+        return MonarchLinear(old.in_features, old.out_features, num_blocks, *arguments).to_empty(device=device)
+    return LowRankLinear(old.in_features, old.out_features, *arguments).to_empty(device=device)
 
 
 def _first_parameter(layer: nn.Module) -> nn.Parameter:

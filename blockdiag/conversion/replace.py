@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockdiag.conversion import projection
-from blockdiag.conversion.convert import Build, Change, Conversion, convert, fill, merged
-from blockdiag.conversion.folding import fold_permutations, unless_identity, without_permutations
+from blockdiag.conversion.convert import Build, Change, Conversion, convert, merged
+from blockdiag.conversion.folding import fold_permutations
 from blockdiag.conversion.moments import Calibration, Moments, exact
+from blockdiag.conversion.optimizers import Heir
 from blockdiag.conversion.report import Step
 from blockdiag.conversion.select import IN_ATTENTION, LINEARS, Policy, Selected, attention_projections, select
-from blockdiag.conversion.surgery import Heir, Replacement
+from blockdiag.conversion.surgery import Replacement, fill
 from blockdiag.factors import PermutedBlockDiagLinear
+from blockdiag.modules import BlockDiagLinear
 
 
 def replace_linear(
@@ -102,16 +104,11 @@ def replace_linear(
     def prepare(chosen: list[Selected], moments: Mapping[nn.Module, Moments]) -> Build:
         return lambda selected: _replace(selected, moments, permute)
 
-    def finish(model: nn.Module, changes: list[Change]) -> list[Replacement]:
-        beside = fold_permutations(model, changes)
-        without_permutations(changes)
-        return beside
-
     return convert(
         model,
         choose,
         prepare,
-        finish=finish,
+        finish=fold_permutations,
         calibration=calibration,
         optimizers=optimizers,
         inplace=inplace,
@@ -165,12 +162,13 @@ def _replace(selected: Selected, moments: Mapping[nn.Module, Moments], permute: 
     diagonal = projection.diagonal_blocks(weight, rows, columns, num_blocks)
     steps = [Step("diagonal blocks", error(differs(diagonal, rows, columns), plain))]
     blocks = fitted(rows, columns)
-    if permute and num_blocks > 1:
+    permuted = permute and num_blocks > 1  # then there are permutations, of whatever values: checkpoints fit
+    if permuted:
         energies = weight.abs().square() * (1 if plain is None else plain.diagonal().real)
         new_rows, new_columns = (o.to(weight.device) for o in projection.find_permutations(energies, num_blocks))
-        permuted = fitted(new_rows, new_columns)
-        if error(differs(permuted, new_rows, new_columns), second) < error(differs(blocks, rows, columns), second):
-            rows, columns, blocks = new_rows, new_columns, permuted
+        new_blocks = fitted(new_rows, new_columns)
+        if error(differs(new_blocks, new_rows, new_columns), second) < error(differs(blocks, rows, columns), second):
+            rows, columns, blocks = new_rows, new_columns, new_blocks
             diagonal = projection.diagonal_blocks(weight, rows, columns, num_blocks)
             steps.append(Step("permuted", error(differs(diagonal, rows, columns), plain)))
     shifts: dict[nn.Module, Tensor] = {}
@@ -182,11 +180,12 @@ def _replace(selected: Selected, moments: Mapping[nn.Module, Moments], permute: 
             for layer in selected.layers:
                 mean = (known if shared and known else moments[layer]).mean[0]
                 shifts[layer] = difference @ mean
-    return _make_layers(selected, blocks, rows, columns, steps, shifts)
+    return _make_layers(selected, permuted, blocks, rows, columns, steps, shifts)
 
 
 def _make_layers(
     selected: Selected,
+    permuted: bool,
     blocks: Tensor,
     rows: Tensor,
     columns: Tensor,
@@ -200,8 +199,10 @@ def _make_layers(
     changes = []
     for layer, names in zip(selected.layers, selected.names, strict=True):
         old: Any = layer
-        new: Any = PermutedBlockDiagLinear._empty_like(old, old.in_features, old.out_features, num_blocks)
-        new.input_permutation, new.output_permutation = unless_identity(columns), unless_identity(rows.argsort())
+        kind = PermutedBlockDiagLinear if permuted else BlockDiagLinear
+        new: Any = kind._empty_like(old, old.in_features, old.out_features, num_blocks)
+        if permuted:
+            new.input_permutation, new.output_permutation = columns.clone(), rows.argsort()
         if first is None:
             first = new
             fill(new.weight, blocks)
