@@ -63,13 +63,13 @@ def duplicate(model: nn.Module, *, hooks: bool = True, meta: bool = False) -> An
             storage = tied[storage_key(tensor)]
             copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             copied.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
-        elif not tensor.is_leaf:  # an activation that a forward kept: a copy has its values
-            copied = tensor.detach().clone()
         if copied is not None:
             parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if parameter else copied
-    if not hooks:
-        for module in model.modules():
+    for module in model.modules():
+        for tensor in _activations(list(vars(module).values())):  # that a forward kept: a copy has their values
+            memo.setdefault(id(tensor), _on_meta(tensor) if meta else tensor.detach().clone())
+        if not hooks:
             for name in HOOKS:
                 if isinstance(vars(module).get(name), dict):
                     memo[id(vars(module)[name])] = OrderedDict()
@@ -81,6 +81,15 @@ def duplicate(model: nn.Module, *, hooks: bool = True, meta: bool = False) -> An
             for name, value in vars(tensor).items():
                 setattr(memo[id(tensor)], name, copy.deepcopy(value, memo))
     return result
+
+
+def _activations(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors with a history, which deepcopy refuses, in these containers."""
+    if isinstance(value, Tensor) and not value.is_leaf:
+        yield value
+    elif isinstance(value, dict | list | tuple | set) and depth > 0:
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _activations(inside, depth - 1)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
