@@ -1,6 +1,7 @@
 """Conversions run no user's code on the user's model, and leave it, and all else, alone unless they succeed in place."""
 
 import contextlib
+import functools
 import pickle
 import random
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import blockdiag
 from blockdiag import factorize, lower_rank, replace_linear, split_attention, stack_models
@@ -256,3 +258,30 @@ def test_stack_models_compares_copies():
     assert stacked.stacked.layer.weight.no_weight_decay
     assert all(model.layer.weight.no_weight_decay for model in stacked.to_models())
     torch.testing.assert_close(stacked(x), torch.stack([model(x) for model in models]))
+
+
+def test_hooks_that_calibration_does_not_call_are_told_of():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    prune.l1_unstructured(model[2], "weight", 0.5)  # by a hook too, which computes the weight: it is called
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replace_linear(model, "0", num_blocks=2, calibration=inputs(), progress=False)
+    model[1].register_forward_hook(note)
+    with pytest.warns(UserWarning, match="calibration does not call the forward hooks of '1' and others"):
+        replace_linear(model, "0", num_blocks=2, calibration=inputs(), progress=False)
+
+
+def test_calibration_of_what_is_computed_beside_the_layers():
+    """Weights that are computed, replaced forwards that a copy takes along, and compiled parts give their inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model[0].weight_orig.data *= 3  # since when no forward has been
+    model[1].forward = functools.partial(F.relu)
+    compiled = torch.compile(model, backend="eager")
+    x = inputs()[0]
+    expected, _ = replace_linear(nn.Sequential(model[2]), num_blocks=2, calibration=[model[:2](x)], progress=False)
+    for given, name in ((model, "2"), (compiled, "_orig_mod.2")):
+        new, report = replace_linear(given, name, num_blocks=2, calibration=[x], progress=False)
+        assert report.layers[0].calibrated
+        torch.testing.assert_close(new.get_submodule(name).weight, expected[0].weight)

@@ -1,6 +1,5 @@
 """Dense linear layers and convolutions become products of smaller ones: low rank, or Monarch."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -336,7 +335,7 @@ def _parts(layer: Any) -> tuple[Any, ...]:
 def _weight(layer: Any) -> Tensor:
     """The layer's weight, of factors multiplied out in double, flattened to a matrix."""
     dtype = torch.promote_types(_first_parameter(layer).dtype, torch.float64)
-    precise = copy.deepcopy(layer).to(dtype) if isinstance(layer, FACTORS) else layer
+    precise = duplicate(layer, hooks=False).to(dtype) if isinstance(layer, FACTORS) else layer
     return exact(precise.weight).flatten(1)
 
 

@@ -130,9 +130,10 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
         _check_parts(model, example_input)
 
     skeleton = duplicate(models[0], meta=True)
-    shared, template, sources = _split_off_flattening(models)
+    # A copy of the first: what its modules keep beside parameters is not to be the result's too.
+    shared, template, sources = _split_off_flattening([duplicate(models[0]), *models[1:]])
     stacked = _stack(template, sources, {})
-    result = StackedModel(duplicate(shared), stacked, len(models), skeleton)
+    result = StackedModel(shared, stacked, len(models), skeleton)
     result.training = models[0].training
     if example_input is not None:
         _check_outputs(models, result, example_input)
@@ -161,7 +162,7 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
         for parameter in module.parameters(recurse=False):
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(f"stack_models: '{owner[parameter]}' and '{name}' share a parameter")
-        if has_own_forward(module):
+        if has_own_forward(module) or "_orig_mod" in module._modules:  # torch.compile's wrapper calls the first model
             raise ValueError(f"stack_models: '{name}' has a forward of its own, which would be lost")
         if has_hooks(module):
             raise ValueError(f"stack_models: '{name}' has hooks, which would see all models at once: remove them first")
