@@ -1,16 +1,17 @@
 """Models converted alike have one structure, whatever their values: checkpoints load, folding needs no global state."""
 
 import copy
+import itertools
 import random
 import threading
 
 import pytest
 import torch
 from torch import nn
+from unchanged import unchanged
 
 from blockdiag import PermutedBlockDiagLinear, factorize, replace_linear
 from models import mlp
-from unchanged import unchanged
 
 ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.Identity, lambda: nn.Dropout(0.1), lambda: nn.Softmax(-1)]
 
@@ -20,7 +21,7 @@ def random_model(seed):
     draw = random.Random(seed)
     sizes = [draw.choice([4, 8, 12]) for _ in range(draw.randint(2, 6))]
     layers = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out, bias=draw.random() < 0.7), draw.choice(ACTIVATIONS)()]
     if draw.random() < 0.3:
         layers.append(nn.Sequential(nn.Linear(sizes[-1], 8), nn.GELU(), nn.Linear(8, 4)))
@@ -47,15 +48,14 @@ def special(model, seed):
 def test_checkpoints_of_models_converted_alike(seed):
     pytest.importorskip("sklearn")
     torch.manual_seed(seed)
-    convert = replace_linear
     model, policy, x = random_model(seed)
     others = [random_model(seed)[0], special(random_model(seed)[0], seed), special(random_model(seed)[0].train(), seed)]
     calibration = [x] if seed % 2 else None
     options = {"permute": True, "progress": False}
-    trained, _ = convert(model, policy, calibration=calibration, **options)
+    trained, _ = replace_linear(model, policy, calibration=calibration, **options)
     for other in others:
         with torch.no_grad():
-            fresh, _ = convert(other, policy, **options)
+            fresh, _ = replace_linear(other, policy, **options)
         assert list(fresh.state_dict()) == list(trained.state_dict())
         assert repr(fresh) == repr(trained)
         for source, target in ((trained, fresh), (fresh, trained)):

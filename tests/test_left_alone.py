@@ -1,4 +1,4 @@
-"""Conversions run no user's code on the user's model, and leave it, and all else, alone unless they succeed in place."""
+"""Conversions run no user's code on the user's model, and leave it and all else alone unless they succeed in place."""
 
 import contextlib
 import functools
@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from unchanged import snapshot, unchanged
 
 import blockdiag
 from blockdiag import factorize, lower_rank, replace_linear, split_attention, stack_models
 from blockdiag.integrations.transformers import conv1d_to_linear
-from unchanged import snapshot, unchanged
 
 CALLS = []
 

@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from unchanged import unchanged
 
 from blockdiag import factorize, lower_rank, replace_linear, split_attention
 from models import mlp
-from unchanged import unchanged
 
 
 def permuted(model, policy="0", **arguments):
@@ -71,7 +71,9 @@ def test_an_optimizer_that_is_handed_over_follows_the_neighbor():
     assert optimizer.param_groups[0]["param_names"] == ["head.weight", "head.bias"]
     torch.testing.assert_close(model(x), other(x))
     twin = torch.optim.Adam(other[2].parameters(), lr=0.1)
-    state = {id(new): optimizer.state[old] for new, old in zip(other[2].parameters(), model[2].parameters(), strict=True)}
+    state = {
+        id(new): optimizer.state[old] for new, old in zip(other[2].parameters(), model[2].parameters(), strict=True)
+    }
     order = [int((other[2].weight == column[:, None]).all(0).nonzero()) for column in model[2].weight.T]
     for parameter in other[2].parameters():
         twin.state[parameter] = copy.deepcopy(state[id(parameter)])

@@ -5,14 +5,22 @@ import types
 
 import pytest
 import torch
+from test_left_alone import Conv1D
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from unchanged import unchanged
 
-from blockdiag import BlockDiagLinear, factorize, lower_rank, replace_linear, split_attention, stack_linears, stack_models
+from blockdiag import (
+    BlockDiagLinear,
+    factorize,
+    lower_rank,
+    replace_linear,
+    split_attention,
+    stack_linears,
+    stack_models,
+)
 from blockdiag.integrations.transformers import conv1d_to_linear
 from models import mlp
-from test_left_alone import Conv1D
-from unchanged import unchanged
 
 
 class Doubled(nn.Linear):
@@ -202,7 +210,7 @@ def test_weights_tied_by_their_memory(make, inplace):
         with unchanged(model), pytest.raises(ValueError, match="lie in one memory without being one Parameter"):
             convert()
     if make in (tied, transposed):
-        with pytest.raises(ValueError, match="stack_models: '0.weight' and '2.weight' lie in one memory"):
+        with pytest.raises(ValueError, match=r"stack_models: '0.weight' and '2.weight' lie in one memory"):
             stack_models([model, make()])
 
 

@@ -109,7 +109,9 @@ def test_round_trip_is_exact(make):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("between", [nn.ReLU, nn.PReLU, lambda: nn.LayerNorm(0), lambda: nn.Linear(0, 0)])
 def test_layers_without_features(count, between):
-    models = [nn.Sequential(nn.Linear(3, 0), between(), nn.Linear(0, 4), nn.Linear(4, 0, bias=False)) for _ in range(count)]
+    models = [
+        nn.Sequential(nn.Linear(3, 0), between(), nn.Linear(0, 4), nn.Linear(4, 0, bias=False)) for _ in range(count)
+    ]
     models = [nn.Sequential(*model[:stop]) for stop in (1, 2, 3, 4) for model in models]
     for start in range(0, len(models), count):
         alone = models[start : start + count]

@@ -1,7 +1,7 @@
 """Copies of models: to convert, or to run the user's code on and throw away, which leaves the user's model alone.
 
-Calibration runs a whole copy, parameters included, although that takes their memory once more: a forward, or `eval`, may
-write to parameters too, as layers that merge adapters do. That can neither be seen, as writes to ``.data`` count no
+Calibration runs a whole copy, parameters included, although that takes their memory once more: a forward, or `eval`,
+may write to parameters too, as layers that merge adapters do. That can neither be seen, as writes to ``.data`` count no
 version, nor undone without a copy. The moments of square layers take more than that.
 """
 
@@ -64,8 +64,9 @@ def duplicate(model: nn.Module, *, hooks: bool = True, meta: bool = False) -> An
             copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             copied.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
         if copied is not None:
-            parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if parameter else copied
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
     for module in model.modules():
         for tensor in _activations(list(vars(module).values())):  # that a forward kept: a copy has their values
             memo.setdefault(id(tensor), _on_meta(tensor) if meta else tensor.detach().clone())

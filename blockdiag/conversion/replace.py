@@ -43,12 +43,16 @@ def replace_linear(
     least squares. A step that does not help is not taken. Whether the model still works must be measured, and most need
     training afterwards.
 
-    Permutations are merged, or folded into neighbours, where that changes nothing: between linear layers that only
-    elementwise functions lie between, in a model that :mod:`torch.fx` can trace. Features between such layers come in
-    another order.
+    Permutations are merged, or folded into neighbors, where that changes nothing: between linear layers that only
+    elementwise functions lie between, in a model whose forward :mod:`torch.fx` can record, whatever its values and
+    mode. Features between such layers come in another order. A neighbor keeps its parameters, with their values in
+    another order; so has an optimizer's state if it is among ``optimizers``, and a warning names it if it is not. Which
+    permutations stay follows from the model's structure and these arguments alone, so that checkpoints of models
+    converted alike fit. A dry run folds nothing, and reports layers with all of their permutations.
 
-    Everything is built beside the model; it and its optimizers change at the end, all or nothing. Module hooks,
-    training mode, ``requires_grad``, dtype and device carry over, shared layers and shared weights stay shared.
+    Everything is built beside the model; it and its optimizers change at the end, all or nothing. The model's code runs
+    on throwaway copies only. Module hooks, training mode, ``requires_grad``, attributes of parameters, dtype and device
+    carry over, shared layers and shared weights stay shared.
 
     Args:
         model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped anew: use what is returned.
@@ -62,8 +66,10 @@ def replace_linear(
         permute: whether to look for permutations. Needs scipy and scikit-learn.
         calibration: batches of the model's inputs, or a function that runs the model on some. A batch is a tensor, a
             tuple or list of positional arguments, or a mapping of keyword arguments. Several times as many rows as
-            features are advisable. The model runs in eval mode and without gradients. Takes memory for
-            ``in_features ** 2`` double-precision numbers for each layer: convert a large model part by part.
+            features are advisable. What runs, and what a function is given, is a copy of the model, in eval mode,
+            without gradients and without the hooks that others registered (a warning says so if there are any). Takes
+            memory for this copy, and for ``in_features ** 2`` double-precision numbers for each layer: convert a large
+            model part by part.
         optimizers: optimizers of the model, rebound to the new parameters, with what state maps to them: that of the
             kept entries of weight and bias, Adam's moments included. Needs ``inplace``.
         inplace: whether to change the model itself. Default: a copy.
@@ -77,7 +83,8 @@ def replace_linear(
 
     Raises:
         ValueError: the policy matches nothing, sizes are not divisible, a layer is lazy, quantized, parametrized, on
-            the meta device, not finite or shares parameters with what stays, or calibration inputs do not fit.
+            the meta device, not finite, has a forward of its own, shares parameters with what stays or memory with
+            other parameters, or calibration inputs do not fit.
     """
     if num_blocks is not None and parameter_budget is not None:
         raise ValueError("expected either num_blocks or parameter_budget, but got both")
