@@ -285,3 +285,10 @@ def test_calibration_of_what_is_computed_beside_the_layers():
         new, report = replace_linear(given, name, num_blocks=2, calibration=[x], progress=False)
         assert report.layers[0].calibrated
         torch.testing.assert_close(new.get_submodule(name).weight, expected[0].weight)
+
+
+def test_lazy_layers_stay_lazy():
+    model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(4))
+    replace_linear(model, "0", num_blocks=2, calibration=inputs(), inplace=True, progress=False)
+    assert isinstance(model[1], nn.LazyLinear)
+    assert model(inputs()[0]).shape == (40, 4)

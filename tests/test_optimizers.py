@@ -103,7 +103,7 @@ def test_interrupted_while_a_neighbor_is_reordered(monkeypatch):
 
 
 class Preconditioned(torch.optim.Optimizer):
-    """What SOAP, Shampoo and PSGD have in common: state for each dimension of a parameter, kept in one way or another."""
+    """What SOAP, Shampoo and PSGD have in common: state for each dimension of a parameter, kept one way or another."""
 
     def __init__(self, params, keep):
         super().__init__(params, {"lr": 1e-3})

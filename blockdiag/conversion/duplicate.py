@@ -74,9 +74,11 @@ def duplicate(model: nn.Module, *, hooks: bool = True, meta: bool = False) -> An
             for name in HOOKS:
                 if isinstance(vars(module).get(name), dict):
                     memo[id(vars(module)[name])] = OrderedDict()
-            own = ((key, hook) for key, hook in module._forward_pre_hooks.items() if computes_weight(hook))
-            memo[id(module._forward_pre_hooks)] = OrderedDict(own)
     result = copy.deepcopy(model, memo)
+    for module in [] if hooks else model.modules():
+        for key, hook in module._forward_pre_hooks.items():
+            if computes_weight(hook):
+                memo[id(module._forward_pre_hooks)][key] = copy.deepcopy(hook, memo)
     for _, tensor in named:
         if type(tensor) is nn.Parameter and id(tensor) in memo:
             for name, value in vars(tensor).items():
@@ -100,8 +102,9 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def computes_weight(hook: Any) -> bool:
-    """Whether a hook is one of those by which torch.nn.utils prunes and normalizes weights."""
-    return any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
+    """Whether a hook is one of those by which torch prunes and normalizes weights, and gives lazy ones their sizes."""
+    utilities = any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
+    return utilities or getattr(hook, "__module__", None) == "torch.nn.modules.lazy"
 
 
 def _check_forwards(model: nn.Module) -> None:
@@ -138,7 +141,7 @@ def run_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """What a call computes without hooks, but for those that belong to its computation."""
     if "_orig_mod" in module._modules:  # torch.compile's wrapper
         return module._orig_mod(*args, **kwargs)
-    for hook in module._forward_pre_hooks.values():
+    for hook in tuple(module._forward_pre_hooks.values()):
         if computes_weight(hook):
             hook(module, args)
     return module.forward(*args, **kwargs)

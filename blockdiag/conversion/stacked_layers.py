@@ -100,7 +100,7 @@ class StackedBatchNorm1d(nn.Module):
             device=tensor.device,
             dtype=tensor.dtype if tensor.is_floating_point() else None,
         )
-        states = [module.state_dict() for module in modules]
+        states: list[Any] = [dict((*module.named_parameters(), *module.named_buffers())) for module in modules]
         for name, tensor in self.norm.state_dict(keep_vars=True).items():
             parts = [state[name] for state in states]
             with torch.no_grad():
