@@ -5,6 +5,7 @@ import functools
 import pickle
 import random
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -285,6 +286,13 @@ def test_calibration_of_what_is_computed_beside_the_layers():
         new, report = replace_linear(given, name, num_blocks=2, calibration=[x], progress=False)
         assert report.layers[0].calibrated
         torch.testing.assert_close(new.get_submodule(name).weight, expected[0].weight)
+
+
+def test_attributes_that_cannot_be_copied_are_shared():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight.lock = threading.Lock()
+    new, _ = replace_linear(model, "0", num_blocks=2, progress=False)
+    assert new[1].weight.lock is model[1].weight.lock
 
 
 def test_lazy_layers_stay_lazy():

@@ -201,9 +201,12 @@ def test_elementwise_state_of_other_optimizers_is_kept():
     optimizer = Lion(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(3, 8, dtype=torch.float64)).sum().backward()
     optimizer.step()
+    optimizer.state[model[0].weight].update(options={"beta": 0.9}, counts=[1, torch.tensor(2)])
     was = optimizer.state[model[0].weight]["momentum_buffer"].clone()
     replace_linear(model, num_blocks=2, optimizers=optimizer, inplace=True, progress=False)
-    assert torch.equal(optimizer.state[model[0].weight]["momentum_buffer"][0], was[:4, :4])
+    state = optimizer.state[model[0].weight]
+    assert torch.equal(state["momentum_buffer"][0], was[:4, :4])
+    assert (state["options"], state["counts"]) == ({"beta": 0.9}, [1, torch.tensor(2)])
 
 
 def test_optimizers_that_keep_parameters_in_dictionaries_are_refused():

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -82,7 +82,9 @@ def duplicate(model: nn.Module, *, hooks: bool = True, meta: bool = False) -> An
     for _, tensor in named:
         if type(tensor) is nn.Parameter and id(tensor) in memo:
             for name, value in vars(tensor).items():
-                setattr(memo[id(tensor)], name, copy.deepcopy(value, memo))
+                with suppress(Exception):  # a lock, or a handle: the copy has the same
+                    value = copy.deepcopy(value, memo)
+                setattr(memo[id(tensor)], name, value)
     return result
 
 

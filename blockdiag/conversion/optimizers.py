@@ -65,7 +65,8 @@ def _is_elementwise(value: Any, parameter: Tensor, trusted: bool) -> bool:
 
     A preconditioner of a square matrix has its shape too. Unlike moments it is symmetric.
     """
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | dict):
+        value = list(value.values()) if isinstance(value, dict) else value
         return all(_is_elementwise(item, torch.empty(()), trusted) for item in value)
     if not isinstance(value, Tensor):
         return value is None or isinstance(value, bool | int | float | complex | str)
