@@ -219,3 +219,14 @@ def test_optimizers_that_keep_parameters_in_dictionaries_are_refused():
     optimizer = Slow(model.parameters())
     with unchanged(model, optimizer), pytest.raises(ValueError, match="Slow keeps parameters in its slow too"):
         permuted(model, optimizers=optimizer)
+
+
+def test_a_neighbor_made_in_inference_mode():
+    with torch.inference_mode():
+        model = mlp(8, 8, 4).requires_grad_(False)
+        x = torch.randn(5, 8, dtype=torch.float64)
+        copied, _ = replace_linear(model, "0", num_blocks=2, permute=True, progress=False)
+    weight = model[2].weight
+    with torch.no_grad():
+        torch.testing.assert_close(permuted(model)(x), copied(x))
+    assert model[2].weight is weight
