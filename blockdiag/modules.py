@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockdiag.functional import linear
+from blockdiag.plain import carry_attributes, has_own_forward, why_not_plain
 
 
 class BlockDiagLinear(nn.Module):
@@ -114,10 +115,13 @@ class BlockDiagLinear(nn.Module):
         """The layer whose block ``g`` computes what ``linears[g]`` computes, with copies of their parameters.
 
         Raises:
-            ValueError: there are none, or they differ in size, dtype, device, bias or ``requires_grad``.
+            ValueError: there are none, they differ in size, dtype, device, bias or ``requires_grad``, or one computes
+                something else than :class:`torch.nn.Linear`, or has hooks.
         """
         if not linears:
             raise ValueError("BlockDiagLinear.from_linears: expected at least one nn.Linear, but got none")
+        for index, given in enumerate(linears):
+            _check_plain(f"BlockDiagLinear.from_linears: layer {index}", given)
         kinds = [_kind(linear) for linear in linears]
         for index, kind in enumerate(kinds):
             if kind != kinds[0]:
@@ -143,8 +147,10 @@ class BlockDiagLinear(nn.Module):
         """The layer with the diagonal blocks of ``linear``'s weight, and its bias; what is off the diagonal is dropped.
 
         Raises:
-            ValueError: ``num_blocks`` is not positive, or does not divide the features of ``linear``.
+            ValueError: ``num_blocks`` is not positive, or does not divide the features of ``linear``; or that computes
+                something else than :class:`torch.nn.Linear`, or has hooks.
         """
+        _check_plain("BlockDiagLinear.from_dense: linear", linear)
         layer = cls._empty_like(linear, linear.in_features, linear.out_features, num_blocks)
         _, out_block, in_block = layer.weight.shape
         with torch.no_grad():
@@ -171,8 +177,10 @@ class BlockDiagLinear(nn.Module):
             dtype=linear.weight.dtype,
         )
         layer.weight.requires_grad_(linear.weight.requires_grad)
+        carry_attributes(linear.weight, layer.weight)
         if layer.bias is not None:
             layer.bias.requires_grad_(linear.bias.requires_grad)
+            carry_attributes(linear.bias, layer.bias)
         return layer.train(linear.training)
 
     def _block_biases(self) -> Sequence[Tensor | None]:
@@ -180,6 +188,8 @@ class BlockDiagLinear(nn.Module):
 
     def _dense(self, weight: Tensor, bias: Tensor | None) -> nn.Linear:
         """An ``nn.Linear`` with copies of these parameters, in this layer's mode."""
+        if has_own_forward(self):
+            raise ValueError(f"{type(self).__name__}: has a forward of its own, which would be lost")
         dense = nn.utils.skip_init(
             nn.Linear,
             weight.shape[1],
@@ -191,10 +201,18 @@ class BlockDiagLinear(nn.Module):
         with torch.no_grad():
             dense.weight.copy_(weight)
             dense.weight.requires_grad_(self.weight.requires_grad)
+            carry_attributes(self.weight, dense.weight)
             if bias is not None and self.bias is not None:
                 dense.bias.copy_(bias)
                 dense.bias.requires_grad_(self.bias.requires_grad)
+                carry_attributes(self.bias, dense.bias)
         return dense.train(self.training)
+
+
+def _check_plain(what: str, linear: nn.Linear) -> None:
+    reason = why_not_plain(linear, nn.Linear)
+    if reason is not None:
+        raise ValueError(f"{what} {reason}")
 
 
 def _kind(linear: nn.Linear) -> str:

@@ -176,3 +176,16 @@ def test_torch_ops_and_python_are_the_same_op(layer, device):
     assert torch.equal(torch.ops.blockdiag.linear(x, layer.weight, layer.bias), layer(x))
     assert torch.equal(torch.ops.blockdiag.linear(input=x, weight=layer.weight, bias=layer.bias), layer(x))
     assert torch.equal(blockdiag.linear(x, layer.weight), torch.ops.blockdiag.linear(x, layer.weight))
+
+
+def test_attributes_of_parameters_carry_over():
+    """Such as no_weight_decay, by which users sort parameters; in every conversion of layers, and back."""
+    linears = [torch.nn.Linear(4, 4) for _ in range(2)]
+    for linear in linears:
+        linear.weight.no_weight_decay, linear.bias._optim = True, {"lr": 0.1}
+        linear.weight.mask = torch.ones(4, 4)  # of this shape: not the new weight's
+    layers = [BlockDiagLinear.from_linears(linears), BlockDiagLinear.from_dense(linears[0], 2)]
+    for layer in [*layers, *layers[0].to_linears(), layers[1].to_dense()]:
+        assert layer.weight.no_weight_decay
+        assert layer.bias._optim == {"lr": 0.1}
+        assert not hasattr(layer.weight, "mask")

@@ -106,6 +106,45 @@ def test_round_trip_is_exact(make):
         torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("between", [nn.ReLU, nn.PReLU, lambda: nn.LayerNorm(0), lambda: nn.Linear(0, 0)])
+def test_layers_without_features(count, between):
+    models = [
+        nn.Sequential(nn.Linear(3, 0), between(), nn.Linear(0, 4), nn.Linear(4, 0, bias=False)) for _ in range(count)
+    ]
+    models = [nn.Sequential(*model[:stop]) for stop in (1, 2, 3, 4) for model in models]
+    for start in range(0, len(models), count):
+        alone = models[start : start + count]
+        stacked = stack_models(alone)
+        for shape in ((5, 3), (3,), (0, 3), (2, 5, 3)):
+            x = torch.randn(shape)
+            expected = torch.stack([model(x) for model in alone])
+            torch.testing.assert_close(stacked(x), expected)
+            torch.testing.assert_close(stacked(x.expand(count, *shape), stacked=True), expected)
+        for model, back in zip(alone, stacked.to_models(), strict=True):
+            torch.testing.assert_close(back.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_stacked_model_keeps_nothing_of_its_models():
+    class Listing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen = nn.Linear(3, 3), []
+
+        def forward(self, x):
+            self.seen.append(x.shape)
+            return self.layer(x)
+
+    models = [Listing() for _ in range(2)]
+    stacked = stack_models(models, torch.randn(4, 3))
+    stacked(torch.randn(4, 3))
+    assert not models[0].seen
+    assert len(stacked.stacked.seen) == 1
+    compiled = [torch.compile(model, backend="eager") for model in models]
+    with pytest.raises(ValueError, match="'' has a forward of its own"):
+        stack_models(compiled, torch.randn(4, 3))
+
+
 def test_numbers_of_batches_come_back():
     models = [nn.Sequential(nn.BatchNorm1d(3)) for _ in range(3)]
     for count, model in enumerate(models):

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from blockdiag.conversion.convert import exchange, fill
-from blockdiag.conversion.surgery import Heir, Replacement
+from blockdiag.conversion.convert import exchange
+from blockdiag.conversion.duplicate import duplicate
+from blockdiag.conversion.optimizers import Heir
+from blockdiag.conversion.surgery import Replacement, fill
 
 
 class SplitAttention(nn.Module):
@@ -186,7 +188,8 @@ def split_attention(
 
 
 def _split(names: list[str], old: Any) -> Replacement:
-    new: Any = SplitAttention(old).train(old.training)
+    empty = SplitAttention(duplicate(old, hooks=False, meta=True))  # draws no random numbers
+    new: Any = empty.to_empty(device=old.out_proj.weight.device).train(old.training)
     heirs: dict[nn.Parameter, list[Heir]] = {}
 
     def inherit(parameter: nn.Parameter, name: str, part: int | None = None) -> None:

@@ -1,14 +1,13 @@
 """What all conversions share: select, calibrate, build everything beside the model, measure, and only then replace."""
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from blockdiag.conversion.duplicate import duplicate
 from blockdiag.conversion.moments import (
     Calibration,
     Moments,
@@ -18,10 +17,12 @@ from blockdiag.conversion.moments import (
     no_moments,
     sum_over_processes,
 )
+from blockdiag.conversion.optimizers import Reordering, as_optimizers
 from blockdiag.conversion.progress import track
 from blockdiag.conversion.report import ConversionReport, LayerReport, Step, cost, describe, measure_pair
-from blockdiag.conversion.select import Selected, attention_projections, check_parameters, check_sharing
-from blockdiag.conversion.surgery import Replacement, as_optimizers, commit, unwrap
+from blockdiag.conversion.select import Selected, attention_projections, check_parameters, check_parts
+from blockdiag.conversion.sharing import check_sharing
+from blockdiag.conversion.surgery import Replacement, commit, unwrap
 
 
 class Conversion(NamedTuple):
@@ -44,11 +45,6 @@ Build = Callable[[Selected], list[Change] | str]
 Prepare = Callable[[list[Selected], Mapping[nn.Module, Moments]], Build]
 
 
-def fill(parameter: Tensor, values: Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(values)
-
-
 def merged(selected: Selected, moments: Mapping[nn.Module, Moments]) -> Moments | None:
     """The moments of all layers that share a weight, together; None if one of them is not known."""
     known = [moments[layer] for layer in selected.layers if layer in moments]
@@ -59,32 +55,33 @@ def merged(selected: Selected, moments: Mapping[nn.Module, Moments]) -> Moments 
 
 def _collect(
     model: nn.Module, wrapper: nn.Module, chosen: list[Selected], calibration: Calibration | None, progress: bool
-) -> tuple[Mapping[nn.Module, Moments], Mapping[nn.Module, tuple[int, ...]]]:
+) -> tuple[dict[str, Moments], dict[str, tuple[int, ...]]]:
+    """Moments and shapes of inputs by the first name of each layer, as a copy of the model sees them."""
     if calibration is None:
         return {}, {}
     layers = {names[0]: layer for s in chosen for layer, names in zip(s.layers, s.names, strict=True)}
     group = wrapper.process_group if isinstance(wrapper, nn.parallel.DistributedDataParallel) else None
     with all_or_none(group, next(model.parameters()).device):
-        moments, shapes = collect_moments(model, layers, calibration, progress)
+        moments, shapes = collect_moments(model, list(layers), calibration, progress)
     if group is not None:  # each process saw inputs of its own, or none
-        for layer in layers.values():
-            moments[layer] = sum_over_processes(moments.get(layer, no_moments(layer)), group)
-        moments = {layer: m for layer, m in moments.items() if m.num_rows > 0}
+        for name, layer in layers.items():
+            moments[name] = sum_over_processes(moments.get(name, no_moments(layer)), group)
+        moments = {name: m for name, m in moments.items() if m.num_rows > 0}
     read = attention_projections(model)  # never called
     for name, layer in layers.items():
-        if layer not in moments and layer not in read:
+        if name not in moments and layer not in read:
             raise ValueError(f"the calibration inputs never reached '{name}': leave it out, or give inputs that do")
-        if layer in moments and moments[layer].num_rows < moments[layer].total.shape[-1]:
+        if name in moments and moments[name].num_rows < moments[name].total.shape[-1]:
             warnings.warn(
-                f"'{name}' has {moments[layer].total.shape[-1]} inputs, but was calibrated on only "
-                f"{moments[layer].num_rows} rows: it will fit these better than others",
+                f"'{name}' has {moments[name].total.shape[-1]} inputs, but was calibrated on only "
+                f"{moments[name].num_rows} rows: it will fit these better than others",
                 stacklevel=4,
             )
-    return moments, {layer: tuple(shape) for layer, shape in shapes.items()}
+    return moments, {name: tuple(shape) for name, shape in shapes.items()}
 
 
-def working_copy(model: nn.Module, optimizers: Sequence[Optimizer], inplace: bool) -> nn.Module:
-    """The model to work on: itself, or a copy.
+def _check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], inplace: bool) -> None:
+    """Raises if the optimizers are not those of the model that is converted.
 
     Raises:
         ValueError: there are optimizers of a copy, or of another model.
@@ -94,7 +91,6 @@ def working_copy(model: nn.Module, optimizers: Sequence[Optimizer], inplace: boo
     held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
     if optimizers and not held & set(model.parameters()):
         raise ValueError("the optimizers hold no parameter of the model")
-    return model if inplace else copy.deepcopy(model)
 
 
 def convert(
@@ -102,7 +98,7 @@ def convert(
     select: Callable[[nn.Module], tuple[list[Selected], dict[str, str]]],
     prepare: Prepare,
     *,
-    finish: Callable[[nn.Module, list[Change]], list[Replacement]] | None = None,
+    finish: Callable[[nn.Module, list[Change]], list[Reordering]] | None = None,
     calibration: Calibration | None,
     optimizers: Optimizer | Iterable[Optimizer],
     inplace: bool,
@@ -112,19 +108,23 @@ def convert(
 ) -> Conversion:
     """Converts a model: nothing in it or its optimizers changes before everything else is done.
 
-    ``finish`` sees all changes before they are made, and returns more replacements, of layers beside them.
+    ``finish`` sees all changes before they are made, in no dry run, and returns what parameters of others do then.
     """
     bound = as_optimizers(optimizers)
     wrapper, bare = model, unwrap(model)
-    chosen, skipped = select(bare)  # before the copy, which takes time: bad input is reported at once
-    bare = working_copy(bare, bound, inplace or dry_run)
-    if bare is not unwrap(model):
-        chosen, skipped = select(bare)
+    chosen, skipped = select(bare)  # before any copy, which takes time: bad input is reported at once
+    _check_optimizers(bare, bound, inplace or dry_run)
     for selected in chosen:
         if "" in (name for names in selected.names for name in names):
             raise ValueError("the model is itself the layer to convert: put it into an nn.Sequential")
 
-    moments, shapes = _collect(bare, wrapper, chosen, calibration, progress)
+    moments_of, shapes_of = _collect(bare, wrapper, chosen, calibration, progress)
+    if not (inplace or dry_run):
+        bare = duplicate(bare)
+        chosen, skipped = select(bare)
+    named = [(names[0], layer) for s in chosen for layer, names in zip(s.layers, s.names, strict=True)]
+    moments = {layer: moments_of[name] for name, layer in named if name in moments_of}
+    shapes = {layer: shapes_of[name] for name, layer in named if name in shapes_of}
     report = ConversionReport(skipped=skipped)
     changes: list[Change] = []
     build = prepare(chosen, moments)
@@ -134,7 +134,7 @@ def convert(
             report.skipped.update({name: built for names in selected.names for name in names})
         else:
             changes += built
-    beside = finish(bare, changes) if finish is not None else []
+    beside = finish(bare, changes) if finish is not None and not dry_run else []
     counted: set[nn.Parameter] = set()
     read = attention_projections(bare)
     for change in track(changes, "measuring", progress and measure is not None):
@@ -146,7 +146,21 @@ def convert(
 
     if dry_run or (inplace and not changes):
         return Conversion(model, report)
-    return Conversion(commit(wrapper, bare, [change.replacement for change in changes] + beside, bound), report)
+    if inplace:
+        _warn_of_optimizers(beside, bound)
+    return Conversion(commit(wrapper, bare, [change.replacement for change in changes], beside, bound), report)
+
+
+def _warn_of_optimizers(reorderings: Sequence[Reordering], optimizers: Sequence[Optimizer]) -> None:
+    """An optimizer that nobody handed over goes on with the parameter, but its moments are in the old order."""
+    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    names = [r.name for r in reorderings if r.parameter.requires_grad and r.parameter not in held]
+    if names:
+        warnings.warn(
+            f"{names} took over permutations of neighbors, so their values are in another order. The state of an "
+            "optimizer that has them is not, unless it is given as optimizers=: make such a one anew",
+            stacklevel=4,
+        )
 
 
 def exchange(
@@ -165,7 +179,8 @@ def exchange(
             plain, or shared with others.
     """
     bound = as_optimizers(optimizers)
-    bare = working_copy(unwrap(model), bound, inplace)
+    _check_optimizers(unwrap(model), bound, inplace)
+    bare = unwrap(model) if inplace else duplicate(unwrap(model))
     names: dict[nn.Module, list[str]] = {}
     for name, module in bare.named_modules(remove_duplicate=False):
         if matches(module):
@@ -173,9 +188,17 @@ def exchange(
     if not names or bare in names:
         raise ValueError(missing)
     for module, where in names.items():
+        check_parts(where[0], module)
         check_parameters(where[0], module)
     check_sharing(bare, {module: where[0] for module, where in names.items()})
-    return commit(model, bare, [build(where, module) for module, where in names.items()], bound)
+    replacements = [build(where, module) for module, where in names.items()]
+    for replacement in replacements:
+        lost = [key for key, p in replacement.old.named_parameters() if p not in replacement.heirs]
+        if lost:
+            raise ValueError(
+                f"'{replacement.names[0]}' has parameters {lost} of pruning or the like: remove that first"
+            )
+    return commit(model, bare, replacements, [], bound)
 
 
 def _report_on(

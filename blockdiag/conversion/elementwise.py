@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from blockdiag.plain import why_not_plain
+
 _MODULES = (
     nn.CELU, nn.Dropout, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity,
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
@@ -18,12 +20,6 @@ ELEMENTWISE_FUNCTIONS = {
 }  # fmt: skip
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks on, or changes what goes in or comes out."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
 def is_elementwise(module: nn.Module) -> bool:
-    """Whether it is such a module, without hooks."""
-    return type(module) in _MODULES and not has_hooks(module)
+    """Whether it is such a module, without hooks or another forward."""
+    return type(module) in _MODULES and why_not_plain(module, type(module)) is None

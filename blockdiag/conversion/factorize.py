@@ -1,6 +1,5 @@
 """Dense linear layers and convolutions become products of smaller ones: low rank, or Monarch."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -9,8 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockdiag.conversion import projection
-from blockdiag.conversion.convert import Build, Change, Conversion, convert, fill, merged
+from blockdiag.conversion.convert import Build, Change, Conversion, convert, merged
+from blockdiag.conversion.duplicate import duplicate
 from blockdiag.conversion.moments import Calibration, Moments, exact
+from blockdiag.conversion.optimizers import Heir
 from blockdiag.conversion.ranks import Candidate, Target, choose_ranks
 from blockdiag.conversion.report import Step
 from blockdiag.conversion.select import (
@@ -23,7 +24,7 @@ from blockdiag.conversion.select import (
     attention_projections,
     select,
 )
-from blockdiag.conversion.surgery import Heir, Replacement
+from blockdiag.conversion.surgery import Replacement, fill
 from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear, near_square_blocks
 
 
@@ -310,13 +311,14 @@ def _project(layer: Any, matrices: _Matrices, rank: int) -> tuple[Any, float]:
 
 
 def _empty_layer(old: Any, num_blocks: tuple[int, int], rank: int) -> Any:
-    """Of the old layer's sizes, device and dtype; with a bias if it has one."""
+    """Of the old layer's sizes, device and dtype; with a bias if it has one. Draws no random numbers."""
+    device = _first_parameter(old).device
     if hasattr(old, "in_channels"):
-        return LowRankConv(old, rank)
-    arguments = (rank, old.bias is not None, _first_parameter(old).device, _first_parameter(old).dtype)
+        return LowRankConv(duplicate(old, hooks=False, meta=True), rank).to_empty(device=device)
+    arguments = (rank, old.bias is not None, "meta", _first_parameter(old).dtype)
     if isinstance(old, MonarchLinear) or num_blocks != (1, 1):
-        return MonarchLinear(old.in_features, old.out_features, num_blocks, *arguments)
-    return LowRankLinear(old.in_features, old.out_features, *arguments)
+        return MonarchLinear(old.in_features, old.out_features, num_blocks, *arguments).to_empty(device=device)
+    return LowRankLinear(old.in_features, old.out_features, *arguments).to_empty(device=device)
 
 
 def _first_parameter(layer: nn.Module) -> nn.Parameter:
@@ -333,7 +335,7 @@ def _parts(layer: Any) -> tuple[Any, ...]:
 def _weight(layer: Any) -> Tensor:
     """The layer's weight, of factors multiplied out in double, flattened to a matrix."""
     dtype = torch.promote_types(_first_parameter(layer).dtype, torch.float64)
-    precise = copy.deepcopy(layer).to(dtype) if isinstance(layer, FACTORS) else layer
+    precise = duplicate(layer, hooks=False).to(dtype) if isinstance(layer, FACTORS) else layer
     return exact(precise.weight).flatten(1)
 
 

@@ -1,5 +1,6 @@
 """What calibration inputs tell about a layer: the first two moments of its inputs, summed over all of them."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -8,6 +9,14 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from blockdiag.conversion.duplicate import (
+    computes_weight,
+    duplicate,
+    random_state_kept,
+    route_calls,
+    run_forward,
+    uncompiled,
+)
 from blockdiag.conversion.progress import track
 
 # Batches for the model, or a function that runs the model on its inputs. A batch is a tensor, a tuple or list of
@@ -98,20 +107,6 @@ def _rows(layer: Any, input: Tensor) -> Iterator[Tensor]:
         yield _patches(conv, sample)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        # Eager: code that was compiled before knows nothing of the hooks that look on.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _run(model: nn.Module, calibration: Calibration, progress: bool) -> None:
     if isinstance(calibration, Tensor):
         raise TypeError("expected calibration to be an iterable of batches, but got a Tensor: put it in a list")
@@ -136,37 +131,49 @@ def _run(model: nn.Module, calibration: Calibration, progress: bool) -> None:
         raise ValueError("expected calibration to give at least one batch, but got none")
 
 
-def collect_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration, progress: bool
-) -> tuple[dict[nn.Module, Moments], dict[nn.Module, Sequence[int]]]:
-    """Runs the model on the calibration inputs: each layer's moments, and the shape of the first input that it saw.
+def _copy_to_run(model: nn.Module) -> Any:
+    """In eval mode and without hooks."""
+    for name, module in model.named_modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if any(not computes_weight(hook) for hook in hooks):
+            warnings.warn(f"calibration does not call the forward hooks of '{name}' and others", stacklevel=6)
+            break
+    try:
+        return duplicate(model, hooks=False).eval()
+    except Exception as error:
+        raise ValueError(f"calibration runs a copy of the model, which cannot be copied: {error}") from error
 
-    The model is as it was afterwards, whatever happens. Layers that are never called are missing from the results.
+
+def collect_moments(
+    model: nn.Module, names: Sequence[str], calibration: Calibration, progress: bool
+) -> tuple[dict[str, Moments], dict[str, Sequence[int]]]:
+    """Runs a copy of the model on the calibration inputs: by name each layer's moments, and its first input's shape.
+
+    Layers that are never called are missing from the results.
 
     Raises:
-        ValueError: there are no batches, the model fails on one, or a layer sees NaN or infinity.
+        ValueError: the model cannot be copied, there are no batches, it fails on one, or a layer sees NaN or infinity.
     """
-    moments: dict[nn.Module, Moments] = {}
-    shapes: dict[nn.Module, Sequence[int]] = {}
+    moments: dict[str, Moments] = {}
+    shapes: dict[str, Sequence[int]] = {}
+    copied = _copy_to_run(model)
+    layers = {copied.get_submodule(name): name for name in names}
 
-    def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        input = args[0] if args else kwargs["input"]
-        shapes.setdefault(layer, input.shape)
-        for rows in _rows(layer, input):
-            rows = exact(rows)
-            new = Moments(rows.shape[1], rows.sum(1), rows.mT @ rows.conj())
-            moments[layer] = add_moments([moments[layer], new]) if layer in moments else new
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        name = layers.get(module)
+        if name is not None:
+            input = args[0] if args else kwargs["input"]
+            shapes.setdefault(name, input.shape)
+            for rows in _rows(module, input.detach()):
+                rows = exact(rows)
+                new = Moments(rows.shape[1], rows.sum(1), rows.mT @ rows.conj())
+                moments[name] = add_moments([moments[name], new]) if name in moments else new
+        return run_forward(module, *args, **kwargs)
 
-    handles = []
-    try:
-        for layer in set(layers.values()):
-            handles.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
-        with _evaluating(model):
-            _run(model, calibration, progress)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, layer in layers.items():
-        if layer in moments and not moments[layer].outer.isfinite().all():
+    route_calls(copied, call)
+    with random_state_kept(), uncompiled(), torch.no_grad():
+        _run(copied, calibration, progress)
+    for name in names:
+        if name in moments and not moments[name].outer.isfinite().all():
             raise ValueError(f"calibration inputs of '{name}' have NaN or infinite values")
-    return {layer: m for layer, m in moments.items() if m.num_rows > 0}, shapes
+    return {name: m for name, m in moments.items() if m.num_rows > 0}, shapes

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockdiag.conversion import projection
-from blockdiag.conversion.convert import Build, Change, Conversion, convert, fill, merged
-from blockdiag.conversion.folding import fold_permutations, unless_identity, without_permutations
+from blockdiag.conversion.convert import Build, Change, Conversion, convert, merged
+from blockdiag.conversion.folding import fold_permutations
 from blockdiag.conversion.moments import Calibration, Moments, exact
+from blockdiag.conversion.optimizers import Heir
 from blockdiag.conversion.report import Step
 from blockdiag.conversion.select import IN_ATTENTION, LINEARS, Policy, Selected, attention_projections, select
-from blockdiag.conversion.surgery import Heir, Replacement
+from blockdiag.conversion.surgery import Replacement, fill
 from blockdiag.factors import PermutedBlockDiagLinear
+from blockdiag.modules import BlockDiagLinear
 
 
 def replace_linear(
@@ -41,12 +43,16 @@ def replace_linear(
     least squares. A step that does not help is not taken. Whether the model still works must be measured, and most need
     training afterwards.
 
-    Permutations are merged, or folded into neighbours, where that changes nothing: between linear layers that only
-    elementwise functions lie between, in a model that :mod:`torch.fx` can trace. Features between such layers come in
-    another order.
+    Permutations are merged, or folded into neighbors, where that changes nothing: between linear layers that only
+    elementwise functions lie between, in a model whose forward :mod:`torch.fx` can record, whatever its values and
+    mode. Features between such layers come in another order. A neighbor keeps its parameters, with their values in
+    another order; so has an optimizer's state if it is among ``optimizers``, and a warning names it if it is not. Which
+    permutations stay follows from the model's structure and these arguments alone, so that checkpoints of models
+    converted alike fit. A dry run folds nothing, and reports layers with all of their permutations.
 
-    Everything is built beside the model; it and its optimizers change at the end, all or nothing. Module hooks,
-    training mode, ``requires_grad``, dtype and device carry over, shared layers and shared weights stay shared.
+    Everything is built beside the model; it and its optimizers change at the end, all or nothing. The model's code runs
+    on throwaway copies only. Module hooks, training mode, ``requires_grad``, attributes of parameters, dtype and device
+    carry over, shared layers and shared weights stay shared.
 
     Args:
         model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped anew: use what is returned.
@@ -60,8 +66,10 @@ def replace_linear(
         permute: whether to look for permutations. Needs scipy and scikit-learn.
         calibration: batches of the model's inputs, or a function that runs the model on some. A batch is a tensor, a
             tuple or list of positional arguments, or a mapping of keyword arguments. Several times as many rows as
-            features are advisable. The model runs in eval mode and without gradients. Takes memory for
-            ``in_features ** 2`` double-precision numbers for each layer: convert a large model part by part.
+            features are advisable. What runs, and what a function is given, is a copy of the model, in eval mode,
+            without gradients and without the hooks that others registered (a warning says so if there are any). Takes
+            memory for this copy, and for ``in_features ** 2`` double-precision numbers for each layer: convert a large
+            model part by part.
         optimizers: optimizers of the model, rebound to the new parameters, with what state maps to them: that of the
             kept entries of weight and bias, Adam's moments included. Needs ``inplace``.
         inplace: whether to change the model itself. Default: a copy.
@@ -75,7 +83,8 @@ def replace_linear(
 
     Raises:
         ValueError: the policy matches nothing, sizes are not divisible, a layer is lazy, quantized, parametrized, on
-            the meta device, not finite or shares parameters with what stays, or calibration inputs do not fit.
+            the meta device, not finite, has a forward of its own, shares parameters with what stays or memory with
+            other parameters, or calibration inputs do not fit.
     """
     if num_blocks is not None and parameter_budget is not None:
         raise ValueError("expected either num_blocks or parameter_budget, but got both")
@@ -102,16 +111,11 @@ def replace_linear(
     def prepare(chosen: list[Selected], moments: Mapping[nn.Module, Moments]) -> Build:
         return lambda selected: _replace(selected, moments, permute)
 
-    def finish(model: nn.Module, changes: list[Change]) -> list[Replacement]:
-        beside = fold_permutations(model, changes)
-        without_permutations(changes)
-        return beside
-
     return convert(
         model,
         choose,
         prepare,
-        finish=finish,
+        finish=fold_permutations,
         calibration=calibration,
         optimizers=optimizers,
         inplace=inplace,
@@ -165,12 +169,13 @@ def _replace(selected: Selected, moments: Mapping[nn.Module, Moments], permute: 
     diagonal = projection.diagonal_blocks(weight, rows, columns, num_blocks)
     steps = [Step("diagonal blocks", error(differs(diagonal, rows, columns), plain))]
     blocks = fitted(rows, columns)
-    if permute and num_blocks > 1:
+    permuted = permute and num_blocks > 1  # then there are permutations, of whatever values: checkpoints fit
+    if permuted:
         energies = weight.abs().square() * (1 if plain is None else plain.diagonal().real)
         new_rows, new_columns = (o.to(weight.device) for o in projection.find_permutations(energies, num_blocks))
-        permuted = fitted(new_rows, new_columns)
-        if error(differs(permuted, new_rows, new_columns), second) < error(differs(blocks, rows, columns), second):
-            rows, columns, blocks = new_rows, new_columns, permuted
+        new_blocks = fitted(new_rows, new_columns)
+        if error(differs(new_blocks, new_rows, new_columns), second) < error(differs(blocks, rows, columns), second):
+            rows, columns, blocks = new_rows, new_columns, new_blocks
             diagonal = projection.diagonal_blocks(weight, rows, columns, num_blocks)
             steps.append(Step("permuted", error(differs(diagonal, rows, columns), plain)))
     shifts: dict[nn.Module, Tensor] = {}
@@ -182,11 +187,12 @@ def _replace(selected: Selected, moments: Mapping[nn.Module, Moments], permute: 
             for layer in selected.layers:
                 mean = (known if shared and known else moments[layer]).mean[0]
                 shifts[layer] = difference @ mean
-    return _make_layers(selected, blocks, rows, columns, steps, shifts)
+    return _make_layers(selected, permuted, blocks, rows, columns, steps, shifts)
 
 
 def _make_layers(
     selected: Selected,
+    permuted: bool,
     blocks: Tensor,
     rows: Tensor,
     columns: Tensor,
@@ -200,8 +206,10 @@ def _make_layers(
     changes = []
     for layer, names in zip(selected.layers, selected.names, strict=True):
         old: Any = layer
-        new: Any = PermutedBlockDiagLinear._empty_like(old, old.in_features, old.out_features, num_blocks)
-        new.input_permutation, new.output_permutation = unless_identity(columns), unless_identity(rows.argsort())
+        kind = PermutedBlockDiagLinear if permuted else BlockDiagLinear
+        new: Any = kind._empty_like(old, old.in_features, old.out_features, num_blocks)
+        if permuted:
+            new.input_permutation, new.output_permutation = columns.clone(), rows.argsort()
         if first is None:
             first = new
             fill(new.weight, blocks)

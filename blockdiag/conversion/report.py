@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from blockdiag.conversion.duplicate import duplicate, route_calls
+
 
 class Cost(NamedTuple):
     """Of a layer: its parameters, floating-point operations for each row of its output (a position of a convolution's,
@@ -151,14 +153,19 @@ def measure_pair(before: nn.Module, after: nn.Module, shape: Sequence[int], roun
     The first rounds, in which memory and kernels are set up, are left out.
     """
     parameter = next(before.parameters())
-    input = torch.randn(shape, device=parameter.device, dtype=parameter.dtype)
+    generator = torch.Generator(parameter.device).manual_seed(0)  # its own: the user's goes on as it is
+    input = torch.randn(shape, device=parameter.device, dtype=parameter.dtype, generator=generator)
+    # Without hooks, which may be the user's and are not to see this: those of the parts of a layer are left out.
+    before, after = (duplicate(layer, hooks=False) for layer in (before, after))
+    for layer in (before, after):
+        route_calls(layer)
     seconds: dict[nn.Module, list[float]] = {before: [], after: []}
     with torch.no_grad():
         for round in range(rounds + 3):
             for layer in (before, after) if round % 2 == 0 else (after, before):
                 _synchronize(input)
                 start = time.perf_counter()
-                layer.forward(input)  # without hooks, which may be the user's, and are not to see this
+                layer.forward(input)
                 _synchronize(input)
                 if round >= 3:
                     seconds[layer].append(time.perf_counter() - start)

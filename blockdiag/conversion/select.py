@@ -12,8 +12,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from blockdiag.conversion.sharing import check_sharing
 from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear
 from blockdiag.modules import BlockDiagLinear
+from blockdiag.plain import has_own_forward, why_not_plain
 
 # How layers are named: a glob on module names, a regular expression to search them for, several of these, a mapping of
 # these to a setting, or a function of name and layer that returns whether to convert it, or its setting.
@@ -98,25 +100,40 @@ def _is_quantized(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.ao.nn.") and hasattr(module, "in_features")
 
 
-def _check(name: str, layer: Any) -> None:
+def _check(name: str, layer: Any, values: bool = True) -> None:
     """Raises if the layer's parameters are not plain dense ones that can be read and replaced."""
     if _is_quantized(layer):
         raise ValueError(f"'{name}' is quantized: convert the model first, then quantize it")
     if parametrize.is_parametrized(layer):
         raise ValueError(f"'{name}' is parametrized: remove it by torch.nn.utils.parametrize.remove_parametrizations")
-    if "forward" in vars(layer):
-        raise ValueError(f"'{name}' has a forward of its own, which would be lost")
+    check_parts(name, layer)
     own = dict(layer.named_parameters(recurse=False))
     if not isinstance(layer, CONVERTED) and set(own) != ({"weight"} if layer.bias is None else {"weight", "bias"}):
         raise ValueError(
             f"'{name}' has parameters {sorted(own)} in place of weight and bias: remove pruning or weight and spectral "
             "normalisation first"
         )
-    check_parameters(name, layer)
+    check_parameters(name, layer, values)
 
 
-def check_parameters(name: str, layer: nn.Module) -> None:
-    """Raises if a parameter is not one of plain finite numbers, or has hooks."""
+def check_parts(name: str, layer: nn.Module) -> None:
+    """Raises if the layer, or one inside, computes something else than its class, or has what would be lost."""
+    if has_own_forward(layer):
+        raise ValueError(f"'{name}' has a forward of its own, which would be lost")
+    for inner, part in layer.named_modules():
+        if part is layer:
+            continue
+        if parametrize.is_parametrized(part):
+            raise ValueError(f"'{name}.{inner}' is parametrized: remove that first")
+        reason = why_not_plain(part, type(part))
+        if type(part) not in (*LINEARS, *CONVOLUTIONS, BlockDiagLinear):
+            reason = f"is a {type(part).__qualname__}, which would be lost"
+        if reason is not None:
+            raise ValueError(f"'{name}.{inner}' {reason}")
+
+
+def check_parameters(name: str, layer: nn.Module, values: bool = True) -> None:
+    """Raises if a parameter is not one of plain numbers, finite if its `values` matter, or has hooks."""
     for key, parameter in layer.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"'{name}' is lazy, its sizes not known yet: run the model on a batch first")
@@ -131,7 +148,7 @@ def check_parameters(name: str, layer: nn.Module) -> None:
             raise ValueError(
                 f"'{name}.{key}' has hooks of its own, which a parameter of another shape cannot take over"
             )
-        if not parameter.isfinite().all():
+        if values and not parameter.isfinite().all():
             raise ValueError(f"'{name}.{key}' has NaN or infinite values")
 
 
@@ -192,27 +209,12 @@ def select(model: nn.Module, policy: Policy, kinds: tuple[type, ...]) -> tuple[l
     return list({id(selected): selected for selected in chosen.values()}.values()), skipped
 
 
-def check_sharing(model: nn.Module, names: Mapping[nn.Module, str]) -> None:
-    """Raises if a parameter of these layers belongs to a module that is to stay too, as an embedding's may."""
-    inside = {part for layer in names for part in layer.modules()}
-    replaced = {parameter: name for layer, name in names.items() for parameter in layer.parameters()}
-    for name, module in model.named_modules():
-        if module in inside:
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter in replaced:
-                raise ValueError(
-                    f"'{replaced[parameter]}' shares a parameter with '{name}.{key}', which is not converted with it: "
-                    "leave it out, or give it a copy of its own"
-                )
-
-
 def has_parameters_to_itself(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether it is a plain nn.Linear whose parameters no other module has."""
+    """Whether it is a plain nn.Linear whose parameters no other module has, whatever their values."""
     if type(layer) is not nn.Linear:
         return False
     try:
-        _check("", layer)
+        _check("", layer, values=False)
         check_sharing(model, {layer: ""})
     except ValueError:
         return False

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from blockdiag.conversion.elementwise import has_hooks, is_elementwise
+from blockdiag.conversion.duplicate import duplicate, random_state_kept, route_calls, uncompiled
+from blockdiag.conversion.elementwise import is_elementwise
+from blockdiag.conversion.sharing import tensors_of, ties
 from blockdiag.conversion.stacked_layers import (
     StackedBatchNorm1d,
     StackedLayerNorm,
@@ -18,6 +20,7 @@ from blockdiag.conversion.stacked_layers import (
     StackedRMSNorm,
 )
 from blockdiag.modules import BlockDiagLinear
+from blockdiag.plain import has_hooks, has_own_forward
 
 _STACKED: dict[type, Callable[[Sequence[Any]], nn.Module]] = {
     nn.Linear: StackedLinear.from_linears,
@@ -148,12 +151,14 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
                 f"stack_models: expected every model to be like the first, but model {index} has {here} where the "
                 f"first has {first}"
             )
-    _check_parts(models[0], example_input)
+    for model in models:
+        _check_parts(model, example_input)
 
-    skeleton = copy.deepcopy(models[0]).to("meta")
-    shared, template, sources = _split_off_flattening(models)
+    skeleton = duplicate(models[0], meta=True)
+    # A copy of the first: what its modules keep beside parameters is not to be the result's too.
+    shared, template, sources = _split_off_flattening([duplicate(models[0]), *models[1:]])
     stacked = _stack(template, sources, {})
-    result = StackedModel(copy.deepcopy(shared), stacked, len(models), skeleton)
+    result = StackedModel(shared, stacked, len(models), skeleton)
     result.training = models[0].training
     if example_input is not None:
         _check_outputs(models, result, example_input)
@@ -182,6 +187,8 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
         for parameter in module.parameters(recurse=False):
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(f"stack_models: '{owner[parameter]}' and '{name}' share a parameter")
+        if has_own_forward(module) or "_orig_mod" in module._modules:  # torch.compile's wrapper calls the first model
+            raise ValueError(f"stack_models: '{name}' has a forward of its own, which would be lost")
         if has_hooks(module):
             raise ValueError(f"stack_models: '{name}' has hooks, which would see all models at once: remove them first")
         if type(module) in _STACKED:
@@ -203,8 +210,10 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
                     f"stack_models: '{name}' is a {type(module).__name__} with a forward of its own: give an "
                     "example_input to check the result with"
                 )
-        elif not is_elementwise(module) and not isinstance(module, nn.Flatten):
+        elif not is_elementwise(module) and type(module) is not nn.Flatten:
             raise ValueError(f"stack_models: '{name}' is a {type(module).__name__}, which cannot be stacked")
+    for (first, _), (second, _) in ties(tensors_of(model)):
+        raise ValueError(f"stack_models: '{first}' and '{second}' lie in one memory: give one of them its own")
 
 
 def _split_off_flattening(models: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module, Sequence[nn.Module]]:
@@ -253,12 +262,14 @@ def _stack(template: nn.Module, sources: Sequence[nn.Module], memo: dict[nn.Modu
 def _check_outputs(models: Sequence[nn.Module], result: StackedModel, example_input: Tensor) -> None:
     """Compares in double precision, where nothing but a mistake makes a difference."""
     dtype = torch.promote_types(example_input.dtype, torch.float64)
-    with torch.no_grad():
-        precise = [copy.deepcopy(model).to(dtype).eval() for model in models]
+    with random_state_kept(), uncompiled(), torch.no_grad():
+        *precise, stacked = [duplicate(model, hooks=False).to(dtype).eval() for model in (*models, result)]
+        for model in (*precise, stacked):
+            route_calls(model)
         input = example_input.to(dtype)
         expected = torch.stack([model(input) for model in precise])
         try:
-            torch.testing.assert_close(copy.deepcopy(result).to(dtype).eval()(input), expected)
+            torch.testing.assert_close(stacked(input), expected)
         except Exception as error:
             raise ValueError(
                 "stack_models: stacked, the models do not compute what they compute alone, perhaps because their "

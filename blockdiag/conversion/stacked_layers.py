@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockdiag.modules import BlockDiagLinear
+from blockdiag.plain import carry_attributes
 
 
 def _stack(modules: Sequence[Any], name: str) -> nn.Parameter | None:
     parameters = [getattr(module, name) for module in modules]
     if parameters[0] is None:
         return None
-    return nn.Parameter(torch.stack([p.detach() for p in parameters]), requires_grad=parameters[0].requires_grad)
+    stacked = nn.Parameter(torch.stack([p.detach() for p in parameters]), requires_grad=parameters[0].requires_grad)
+    carry_attributes(parameters[0], stacked)
+    return stacked
 
 
 class _StackedAffine(nn.Module):
@@ -35,6 +38,7 @@ class _StackedAffine(nn.Module):
             if getattr(self, name) is not None:
                 stacked = getattr(self, name)
                 parameter = nn.Parameter(stacked[index].detach().clone(), requires_grad=stacked.requires_grad)
+                carry_attributes(stacked, parameter)
                 module.register_parameter(name, parameter)
         return module
 
@@ -100,13 +104,13 @@ class StackedBatchNorm1d(nn.Module):
             device=tensor.device,
             dtype=tensor.dtype if tensor.is_floating_point() else None,
         )
-        states = [module.state_dict() for module in modules]
+        states: list[Any] = [dict((*module.named_parameters(), *module.named_buffers())) for module in modules]
         for name, tensor in self.norm.state_dict(keep_vars=True).items():
             parts = [state[name] for state in states]
             with torch.no_grad():
                 tensor.copy_(torch.cat(parts) if parts[0].dim() else parts[0])
         for name, parameter in first.named_parameters():
-            getattr(self.norm, name).requires_grad_(parameter.requires_grad)
+            carry_attributes(parameter, getattr(self.norm, name).requires_grad_(parameter.requires_grad))
 
     def forward(self, input: Tensor) -> Tensor:
         # What torch.fx traces with is no Tensor, and cannot be compared.
@@ -115,7 +119,7 @@ class StackedBatchNorm1d(nn.Module):
                 "StackedBatchNorm1d: expected an input (batch, num_models, features), but got the shape "
                 f"{tuple(input.shape)}"
             )
-        return self.norm(input.flatten(-2)).unflatten(-1, [self.num_models, -1])
+        return self.norm(input.flatten(-2)).unflatten(-1, [self.num_models, input.shape[-1]])
 
     def restore(self, module: nn.Module, index: int) -> nn.Module:
         """Copies the parameters and statistics of one model into a layer of its kind."""
@@ -125,12 +129,17 @@ class StackedBatchNorm1d(nn.Module):
         }
         module.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
         for name, parameter in self.norm.named_parameters():
-            getattr(module, name).requires_grad_(parameter.requires_grad)
+            carry_attributes(parameter, getattr(module, name).requires_grad_(parameter.requires_grad))
         return module
 
 
 class StackedLinear(BlockDiagLinear):
     """:class:`torch.nn.Linear`: a block for each model."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # As rows: of (*, num_models, 0) nobody could tell whether it is (*, in_features).
+        output = super().forward(input.flatten(-2))
+        return output.unflatten(-1, (self.num_blocks, self.out_features // self.num_blocks))
 
     def restore(self, module: nn.Module, index: int) -> nn.Module:
         """Copies the parameters of one model into a layer of its kind."""

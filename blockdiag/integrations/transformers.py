@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockdiag.conversion.convert import exchange, fill
-from blockdiag.conversion.surgery import Heir, Replacement
+from blockdiag.conversion.convert import exchange
+from blockdiag.conversion.optimizers import Heir
+from blockdiag.conversion.surgery import Replacement, fill
 
 
 def conv1d_to_linear(
@@ -42,7 +43,9 @@ def conv1d_to_linear(
 
 def _as_linear(names: list[str], old: Any) -> Replacement:
     in_features, out_features = old.weight.shape
-    linear = nn.Linear(in_features, out_features, device=old.weight.device, dtype=old.weight.dtype).train(old.training)
+    linear = nn.utils.skip_init(
+        nn.Linear, in_features, out_features, device=old.weight.device, dtype=old.weight.dtype
+    ).train(old.training)
     heirs = {}
     for name, gather in (("weight", Tensor.t), ("bias", Tensor.detach)):
         parameter, heir = getattr(old, name), getattr(linear, name)

@@ -1,0 +1,191 @@
+"""Copies of models: to convert, or to run the user's code on and throw away, which leaves the user's model alone.
+
+Calibration runs a whole copy, parameters included, although that takes their memory once more: a forward, or `eval`,
+may write to parameters too, as layers that merge adapters do. That can neither be seen, as writes to ``.data`` count no
+version, nor undone without a copy. The moments of square layers take more than that.
+"""
+
+import copy
+import random
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from blockdiag.conversion.sharing import storage_key, tensors_of, ties
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def duplicate(model: nn.Module, *, hooks: bool = True, meta: bool = False) -> Any:
+    """A deep copy, which unlike Python's own keeps parameters tied by their memory and attributes of parameters.
+
+    Args:
+        model: any module.
+        hooks: whether the copy has the hooks too. Those by which torch.nn.utils computes weights it always has.
+        meta: whether its parameters and buffers are on the meta device, which takes no memory.
+
+    Raises:
+        ValueError: a forward set on one of its modules holds on to the model's own modules.
+    """
+    _check_forwards(model)
+    named = list(tensors_of(model))
+    memo: dict[int, Any] = {}
+    tied = {} if meta else {storage_key(t): t.untyped_storage().clone() for (_, t), _ in ties(named)}
+    for _, tensor in named:
+        if is_lazy(tensor):
+            continue
+        copied = None
+        if meta:
+            copied = _on_meta(tensor)
+        elif storage_key(tensor) in tied:
+            storage = tied[storage_key(tensor)]
+            copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            copied.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+        if copied is not None:
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+    for module in model.modules():
+        for tensor in _activations(list(vars(module).values())):  # that a forward kept: a copy has their values
+            memo.setdefault(id(tensor), _on_meta(tensor) if meta else tensor.detach().clone())
+        if not hooks:
+            for name in HOOKS:
+                if isinstance(vars(module).get(name), dict):
+                    memo[id(vars(module)[name])] = OrderedDict()
+    result = copy.deepcopy(model, memo)
+    for module in [] if hooks else model.modules():
+        for key, hook in module._forward_pre_hooks.items():
+            if computes_weight(hook):
+                memo[id(module._forward_pre_hooks)][key] = copy.deepcopy(hook, memo)
+    for _, tensor in named:
+        if type(tensor) is nn.Parameter and id(tensor) in memo:
+            for name, value in vars(tensor).items():
+                with suppress(Exception):  # a lock, or a handle: the copy has the same
+                    value = copy.deepcopy(value, memo)
+                setattr(memo[id(tensor)], name, value)
+    return result
+
+
+def _activations(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors with a history, which deepcopy refuses, in these containers."""
+    if isinstance(value, Tensor) and not value.is_leaf:
+        yield value
+    elif isinstance(value, dict | list | tuple | set) and depth > 0:
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _activations(inside, depth - 1)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def computes_weight(hook: Any) -> bool:
+    """Whether a hook is one of those by which torch prunes and normalizes weights, and gives lazy ones their sizes."""
+    utilities = any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
+    return utilities or getattr(hook, "__module__", None) == "torch.nn.modules.lazy"
+
+
+def _check_forwards(model: nn.Module) -> None:
+    modules = set(model.modules())
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, MethodType):
+            return holds(value.__self__) or holds(value.__func__)
+        if isinstance(value, FunctionType):
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            return any(holds(inside) for inside in (*cells, *(value.__defaults__ or ())) if inside is not value)
+        return isinstance(value, nn.Module) and value in modules
+
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")  # a method or functools.partial is copied with what it holds
+        if isinstance(forward, FunctionType) and "_orig_mod" not in module._modules and holds(forward):
+            raise ValueError(
+                f"'{name}' has a forward of its own that calls the model's modules: a copy's would go on calling these"
+            )
+
+
+def route_calls(model: nn.Module, call: Callable[..., Any] | None = None) -> None:
+    """Makes calls of a copy's modules go to ``call(module, *args, **kwargs)``, by default :func:`run_forward`.
+
+    That is past hooks, global ones too, and compiled code; by an attribute of each module, so that nothing changes for
+    other models.
+    """
+    for module in model.modules():
+        vars(module)["_compiled_call_impl"] = None
+        vars(module)["_call_impl"] = partial(call or run_forward, module)
+
+
+def run_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a call computes without hooks, but for those that belong to its computation."""
+    if "_orig_mod" in module._modules:  # torch.compile's wrapper
+        return module._orig_mod(*args, **kwargs)
+    for hook in tuple(module._forward_pre_hooks.values()):
+        if computes_weight(hook):
+            hook(module, args)
+    return module.forward(*args, **kwargs)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Random numbers that are drawn inside are drawn again afterwards: torch's, numpy's and Python's."""
+    numpy = sys.modules.get("numpy.random")
+    states = random.getstate(), numpy.get_state() if numpy is not None else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy is not None:
+                numpy.set_state(states[1])
+
+
+class _Uncompiled:
+    """Compiled functions run as they are written, while anybody is inside: the stance is one for all threads."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.stance: Any = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            if self.stance is None and "torch._dynamo" in sys.modules:  # without it nothing is compiled
+                self.stance = torch.compiler.set_stance("force_eager")
+                self.stance.__enter__()
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if self.inside == 0 and self.stance is not None:
+                    self.stance.__exit__(None, None, None)
+                    self.stance = None
+
+
+uncompiled = _Uncompiled()

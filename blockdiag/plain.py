@@ -1,0 +1,41 @@
+"""Whether a layer computes what its class says, and what users set on its parameters."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks on, or changes what goes in or comes out."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether calls of this one module go elsewhere than to its class's forward. Not so of torch.compile's wrapper."""
+    return not {"forward", "_call_impl"}.isdisjoint(vars(module)) and "_orig_mod" not in module._modules
+
+
+def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """In words, why a module may compute something else than its parameters and `kind` say; None if it does not."""
+    if has_own_forward(module):
+        return "has a forward of its own, which would be lost"
+    if not isinstance(module, kind) or type(module).forward is not kind.forward:
+        name = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"is a {name}, which may compute something else"
+    if type(module).__call__ is not nn.Module.__call__:
+        return f"is a {type(module).__qualname__} with a __call__ of its own, which would be lost"
+    return "has hooks, which would be lost: remove them first" if has_hooks(module) else None
+
+
+def carry_attributes(old: Tensor, new: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Gives a parameter what users set on another, such as ``no_weight_decay``.
+
+    A tensor of the old one's shape, such as a mask, is mapped by `gather`, or has no place where there is none.
+    """
+    for name, value in vars(old).items():
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape == old.shape:
+            if gather is None:
+                continue
+            value = gather(value)
+        setattr(new, name, value)
