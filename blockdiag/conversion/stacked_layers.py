@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blockdiag.functional import linear
 from blockdiag.modules import BlockDiagLinear
 from blockdiag.plain import carry_attributes
 
@@ -137,9 +138,11 @@ class StackedLinear(BlockDiagLinear):
     """:class:`torch.nn.Linear`: a block for each model."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.in_features > 0:
+            return linear(input, self.weight, self.bias)
         # As rows: of (*, num_models, 0) nobody could tell whether it is (*, in_features).
-        output = super().forward(input.flatten(-2))
-        return output.unflatten(-1, (self.num_blocks, self.out_features // self.num_blocks))
+        output = linear(input.flatten(-2), self.weight, self.bias)
+        return output.unflatten(-1, [self.num_blocks, self.out_features // self.num_blocks])
 
     def restore(self, module: nn.Module, index: int) -> nn.Module:
         """Copies the parameters of one model into a layer of its kind."""
