@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from blockdiag.conversion import projection
 from blockdiag.conversion.convert import Build, Change, Conversion, convert, merged
-from blockdiag.conversion.duplicate import duplicate
+from blockdiag.conversion.duplicate import duplicate, random_state_kept
 from blockdiag.conversion.moments import Calibration, Moments, exact
 from blockdiag.conversion.optimizers import Heir
 from blockdiag.conversion.ranks import Candidate, Target, choose_ranks
@@ -314,7 +314,8 @@ def _empty_layer(old: Any, num_blocks: tuple[int, int], rank: int) -> Any:
     """Of the old layer's sizes, device and dtype; with a bias if it has one. Draws no random numbers."""
     device = _first_parameter(old).device
     if hasattr(old, "in_channels"):
-        return LowRankConv(duplicate(old, hooks=False, meta=True), rank).to_empty(device=device)
+        with random_state_kept():  # on the meta device, and then emptied, it would lose its memory format
+            return LowRankConv(old, rank)
     arguments = (rank, old.bias is not None, "meta", _first_parameter(old).dtype)
     if isinstance(old, MonarchLinear) or num_blocks != (1, 1):
         return MonarchLinear(old.in_features, old.out_features, num_blocks, *arguments).to_empty(device=device)

@@ -10,8 +10,8 @@ void unavailable(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
       op.operator_name().name,
       ": expected a build of blockdiag with CUDA for CUDA tensors, but this one is for CPUs only. Build it again "
       "beside a "
-      "CUDA build of torch, with nvcc on the PATH: FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall "
-      "--no-deps ."
+      "CUDA build of torch, with nvcc on the PATH: FORCE_CUDA=1 pip install --no-build-isolation --no-cache-dir "
+      "--force-reinstall --no-deps ."
   );
 }
 
