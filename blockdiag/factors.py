@@ -2,7 +2,7 @@
 
 Each has the attribute ``weight`` (``PermutedBlockDiagLinear`` aside) of the dense layer that it stands in for, because
 modules such as :class:`torch.nn.MultiheadAttention` read the weight of a layer rather than call it. It is multiplied
-out when it is used: to read its shape, dtype or device costs nothing, to compute with it the product.
+out on each access.
 """
 
 import math
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blockdiag.functional import is_jagged, linear, of_jagged
-from blockdiag.modules import BlockDiagLinear
-from blockdiag.product import multiply_out, product
+from blockdiag.modules import BlockDiagLinear, check_own_forward
 
 
 class _LowRank(nn.Module):
@@ -28,7 +27,6 @@ class _LowRank(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the parameters of both layers anew, as they do by themselves."""
-        multiply_out(self)
         self.down.reset_parameters()
         self.up.reset_parameters()
 
@@ -73,13 +71,7 @@ class LowRankLinear(_LowRank):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, of shape ``(out_features, in_features)``, multiplied out when it is used."""
-        if torch.jit.is_scripting():
-            return self._multiplied()
-        factors = (self.up.weight, self.down.weight)
-        return product(self, self._multiplied, factors, (self.out_features, self.in_features))
-
-    def _multiplied(self) -> Tensor:
+        """The dense weight, of shape ``(out_features, in_features)``."""
         return self.up.weight @ self.down.weight
 
     def extra_repr(self) -> str:
@@ -143,16 +135,7 @@ class LowRankConv(_LowRank):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the one convolution, multiplied out when it is used.
-
-        Of shape ``(out_channels, in_channels / groups, *kernel_size)``.
-        """
-        if torch.jit.is_scripting():
-            return self._multiplied()
-        factors = (self.up.weight, self.down.weight)
-        return product(self, self._multiplied, factors, (self.out_channels, *self.down.weight.shape[1:]))
-
-    def _multiplied(self) -> Tensor:
+        """The weight of the one convolution, of shape ``(out_channels, in_channels / groups, *kernel_size)``."""
         down = self.down.weight.unflatten(0, (self.groups, self.rank)).flatten(2)
         up = self.up.weight.flatten(1).unflatten(0, (self.groups, -1))
         return (up @ down).flatten(0, 1).unflatten(1, self.down.weight.shape[1:])
@@ -232,13 +215,7 @@ class MonarchLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, of shape ``(out_features, in_features)``, multiplied out when it is used."""
-        if torch.jit.is_scripting():
-            return self._multiplied()
-        factors = (self.second.weight, self.first.weight)
-        return product(self, self._multiplied, factors, (self.out_features, self.in_features))
-
-    def _multiplied(self) -> Tensor:
+        """The dense weight, of shape ``(out_features, in_features)``."""
         in_blocks, out_blocks = self.num_blocks
         first = self.first.weight.unflatten(1, (out_blocks, self.rank))  # (k, l, r, in_block)
         second = self.second.weight.unflatten(2, (in_blocks, self.rank))  # (l, out_block, k, r)
@@ -250,7 +227,6 @@ class MonarchLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the parameters of both layers anew."""
-        multiply_out(self)
         self.first.reset_parameters()
         self.second.reset_parameters()
 
@@ -330,6 +306,7 @@ class PermutedBlockDiagLinear(BlockDiagLinear):
 
     def unpermuted(self) -> BlockDiagLinear:
         """The layer of the blocks alone, with the same parameters, not copies."""
+        check_own_forward(self)
         with torch.device("meta"):
             layer = BlockDiagLinear(self.in_features, self.out_features, self.num_blocks, self.bias is not None)
         layer.weight, layer.bias = self.weight, self.bias

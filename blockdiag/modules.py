@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockdiag.functional import linear
-from blockdiag.plain import carry_attributes, has_own_forward, why_not_plain
+from blockdiag.plain import carry_attributes, why_not_plain
 
 
 class BlockDiagLinear(nn.Module):
@@ -188,8 +188,7 @@ class BlockDiagLinear(nn.Module):
 
     def _dense(self, weight: Tensor, bias: Tensor | None) -> nn.Linear:
         """An ``nn.Linear`` with copies of these parameters, in this layer's mode."""
-        if has_own_forward(self):
-            raise ValueError(f"{type(self).__name__}: has a forward of its own, which would be lost")
+        check_own_forward(self)
         dense = nn.utils.skip_init(
             nn.Linear,
             weight.shape[1],
@@ -202,11 +201,19 @@ class BlockDiagLinear(nn.Module):
             dense.weight.copy_(weight)
             dense.weight.requires_grad_(self.weight.requires_grad)
             carry_attributes(self.weight, dense.weight)
-            if bias is not None and self.bias is not None:
+            if self.bias is not None:
                 dense.bias.copy_(bias)
                 dense.bias.requires_grad_(self.bias.requires_grad)
                 carry_attributes(self.bias, dense.bias)
         return dense.train(self.training)
+
+
+def check_own_forward(layer: nn.Module) -> None:
+    """Raises if a layer of ours computes something else than its class here does."""
+    kind = next(base for base in type(layer).__mro__ if base.__module__.startswith("blockdiag."))
+    reason = why_not_plain(layer, kind)
+    if reason is not None:
+        raise ValueError(f"{kind.__name__}: {reason}")
 
 
 def _check_plain(what: str, linear: nn.Linear) -> None:

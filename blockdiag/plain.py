@@ -11,9 +11,14 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is torch.compile's wrapper."""
+    return "_orig_mod" in module._modules
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether calls of this one module go elsewhere than to its class's forward. Not so of torch.compile's wrapper."""
-    return not {"forward", "_call_impl"}.isdisjoint(vars(module)) and "_orig_mod" not in module._modules
+    return not {"forward", "_call_impl"}.isdisjoint(vars(module)) and not is_compiled(module)
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:

@@ -230,3 +230,13 @@ def test_a_neighbor_made_in_inference_mode():
     with torch.no_grad():
         torch.testing.assert_close(permuted(model)(x), copied(x))
     assert model[2].weight is weight
+
+
+def test_gradients_are_copies():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model(torch.randn(3, 8)).sum().backward()
+    gradient = model[0].bias.grad
+    factorize(model, min_features=1, latent_features=2, inplace=True, progress=False)
+    assert torch.equal(model[0].bias.grad, gradient)
+    model[0].bias.grad.zero_()
+    assert gradient.any()

@@ -1,7 +1,9 @@
 """Forwards that were replaced, and parameters tied by their memory: refused wherever they would be lost."""
 
+import dataclasses
 import functools
 import types
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from unchanged import unchanged
 
 from blockdiag import (
     BlockDiagLinear,
+    PermutedBlockDiagLinear,
     factorize,
     lower_rank,
     replace_linear,
@@ -247,3 +250,115 @@ def test_pruned_attention_and_hooks_inside_layers():
     by_hook(factored[0].up)
     with pytest.raises(ValueError, match=r"'0.up' has hooks, which would be lost"):
         lower_rank(factored, latent_features=1, progress=False)
+
+
+# ---- what a trace cannot see is not folded through
+
+
+class Asks(nn.Module):
+    """Scales the features where the answer is what it is with tensors."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.up, self.down, self.question = nn.Linear(8, 12), nn.Linear(12, 4), question
+        self.register_buffer("gain", torch.arange(12.0))
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def forward(self, x):
+        hidden = self.up(x).relu()
+        if self.question == "isinstance" and isinstance(hidden, torch.Tensor):
+            hidden = hidden * self.gain
+        if self.question == "device" and self.device.type == "cpu":
+            hidden = hidden * self.gain
+        if self.question == "grad" and torch.is_grad_enabled():
+            hidden = hidden * self.gain
+        return self.down(hidden)
+
+
+@pytest.mark.parametrize("question", ["isinstance", "device", "grad"])
+def test_nothing_is_folded_where_a_forward_asks(question):
+    model, x = Asks(question), torch.randn(5, 8)
+    new, _ = replace_linear(model, "down", num_blocks=2, permute=True, progress=False)
+    assert new.down.input_permutation is not None
+    assert torch.equal(new.up.weight, model.up.weight)
+    with torch.no_grad():
+        hidden = model.up(x).relu() * (1 if question == "grad" else model.gain)
+        torch.testing.assert_close(new(x), new.down(hidden))
+
+
+class Pair(NamedTuple):
+    hidden: torch.Tensor
+    count: int
+
+
+@dataclasses.dataclass
+class Result:
+    hidden: torch.Tensor
+
+
+class Encoder(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.up, self.wrap = nn.Linear(8, 12), wrap
+
+    def forward(self, x):
+        return self.wrap(self.up(x).relu())
+
+
+class Whole(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.encoder, self.down = Encoder(wrap), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.down(self.encoder(x).hidden)
+
+
+@pytest.mark.parametrize("wrap", [functools.partial(Pair, count=1), Result], ids=["namedtuple", "dataclass"])
+def test_nothing_is_folded_past_a_hook_that_sees_the_features_in_an_object(wrap):
+    model, x = Whole(wrap), torch.randn(5, 8)
+    model.encoder.register_forward_hook(lambda module, args, output: wrap(output.hidden * torch.arange(12.0)))
+    new, _ = replace_linear(model, "down", num_blocks=2, permute=True, progress=False)
+    assert torch.equal(new.encoder.up.weight, model.encoder.up.weight)
+    torch.testing.assert_close(new(x), new.down(model.encoder(x).hidden))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_nothing_is_folded_into_a_layer_with_a_mask(kind):
+    """The mask would stay in the old order."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    mask = (torch.rand(12, 1) > 0.5).float()
+    if kind == "buffer":
+        model[0].register_buffer("mask", mask)
+    else:
+        model[0].mask = mask
+    before = model[0].weight.clone()
+    new, _ = replace_linear(model, "2", num_blocks=2, permute=True, progress=False)
+    assert torch.equal(new[0].weight, before)
+    assert new[2].input_permutation is not None
+
+
+class DoubledBlocks(BlockDiagLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", [by_lambda, by_method, by_hook])
+def test_blocks_with_another_forward_do_not_become_dense(change):
+    layer = BlockDiagLinear(8, 4, 2)
+    change(layer)
+    permuted = PermutedBlockDiagLinear(4, 4, 2, [1, 0, 3, 2])
+    change(permuted)
+    for convert in (layer.to_dense, layer.to_linears, DoubledBlocks(8, 4, 2).to_dense, permuted.unpermuted):
+        with pytest.raises(ValueError, match=r"would be lost|may compute something else"):
+            convert()
+
+
+def test_parameters_made_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 8))
+    new, _ = replace_linear(model, num_blocks=2, progress=False)
+    assert new[0].weight.shape == (2, 4, 4)

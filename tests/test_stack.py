@@ -238,3 +238,47 @@ def test_stack_linears():
     assert type(layer) is BlockDiagLinear
     for linear, block in zip(linears, layer.weight, strict=True):
         assert torch.equal(linear.weight, block)
+
+
+@pytest.mark.parametrize("shared", [nn.GELU(), nn.Linear(8, 8)], ids=["activation", "layer"])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_module_that_is_used_twice_at_the_top(shared, flatten):
+    def make():
+        part = copy.deepcopy(shared)
+        parts = [nn.Linear(8, 8), part, nn.Linear(8, 8), part, nn.Linear(8, 3)]
+        return nn.Sequential(*([nn.Flatten()] if flatten else []), *parts)
+
+    models, x = [make() for _ in range(3)], torch.randn(5, 8)
+    torch.testing.assert_close(stack_models(models)(x), torch.stack([model(x) for model in models]))
+
+
+class CentersInTraining(nn.Module):
+    """Over dimension 1, which is another one where models are stacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.up(x)
+        return self.down(hidden - hidden.mean(1, keepdim=True) if self.training else hidden)
+
+
+def test_models_are_compared_in_training_too():
+    with pytest.raises(ValueError, match="in training mode, perhaps because"):
+        stack_models([CentersInTraining().eval() for _ in range(3)], torch.randn(5, 8))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(8, 8), torch.full((8,), 2.0)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+def test_models_that_come_back_have_their_tensors():
+    models, x = [Scaled(), Scaled()], torch.randn(5, 8)
+    for model, back in zip(models, stack_models(models, x).to_models(), strict=True):
+        torch.testing.assert_close(back(x), model(x))

@@ -17,7 +17,7 @@ from blockdiag.conversion.moments import (
     no_moments,
     sum_over_processes,
 )
-from blockdiag.conversion.optimizers import Reordering, as_optimizers
+from blockdiag.conversion.optimizers import Reordering, as_optimizers, held_by
 from blockdiag.conversion.progress import track
 from blockdiag.conversion.report import ConversionReport, LayerReport, Step, cost, describe, measure_pair
 from blockdiag.conversion.select import Selected, attention_projections, check_parameters, check_parts
@@ -88,8 +88,7 @@ def _check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], inplace
     """
     if optimizers and not inplace:
         raise ValueError("optimizers hold the parameters of the model itself, not of a copy: pass inplace=True")
-    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
-    if optimizers and not held & set(model.parameters()):
+    if optimizers and not held_by(optimizers) & set(model.parameters()):
         raise ValueError("the optimizers hold no parameter of the model")
 
 
@@ -153,7 +152,7 @@ def convert(
 
 def _warn_of_optimizers(reorderings: Sequence[Reordering], optimizers: Sequence[Optimizer]) -> None:
     """An optimizer that nobody handed over goes on with the parameter, but its moments are in the old order."""
-    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    held = held_by(optimizers)
     names = [r.name for r in reorderings if r.parameter.requires_grad and r.parameter not in held]
     if names:
         warnings.warn(

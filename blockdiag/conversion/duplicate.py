@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from blockdiag.conversion.sharing import storage_key, tensors_of, ties
+from blockdiag.plain import is_compiled
 
 HOOKS = (
     "_forward_hooks",
@@ -122,7 +123,7 @@ def _check_forwards(model: nn.Module) -> None:
 
     for name, module in model.named_modules():
         forward = vars(module).get("forward")  # a method or functools.partial is copied with what it holds
-        if isinstance(forward, FunctionType) and "_orig_mod" not in module._modules and holds(forward):
+        if isinstance(forward, FunctionType) and not is_compiled(module) and holds(forward):
             raise ValueError(
                 f"'{name}' has a forward of its own that calls the model's modules: a copy's would go on calling these"
             )
@@ -141,7 +142,7 @@ def route_calls(model: nn.Module, call: Callable[..., Any] | None = None) -> Non
 
 def run_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """What a call computes without hooks, but for those that belong to its computation."""
-    if "_orig_mod" in module._modules:  # torch.compile's wrapper
+    if is_compiled(module):
         return module._orig_mod(*args, **kwargs)
     for hook in tuple(module._forward_pre_hooks.values()):
         if computes_weight(hook):

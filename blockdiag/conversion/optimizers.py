@@ -52,6 +52,10 @@ def as_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer
     return listed
 
 
+def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
+    return {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def _holds_parameters(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(isinstance(item, Tensor) or _holds_parameters(item) for item in value)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -148,7 +149,9 @@ def check_parameters(name: str, layer: nn.Module, values: bool = True) -> None:
             raise ValueError(
                 f"'{name}.{key}' has hooks of its own, which a parameter of another shape cannot take over"
             )
-        if values and not parameter.isfinite().all():
+        with torch.no_grad():  # also of one that was made in inference mode
+            finite = not values or bool(parameter.isfinite().all())
+        if not finite:
             raise ValueError(f"'{name}.{key}' has NaN or infinite values")
 
 
@@ -210,8 +213,15 @@ def select(model: nn.Module, policy: Policy, kinds: tuple[type, ...]) -> tuple[l
 
 
 def has_parameters_to_itself(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether it is a plain nn.Linear whose parameters no other module has, whatever their values."""
-    if type(layer) is not nn.Linear:
+    """Whether it is a plain nn.Linear whose parameters no other module has, whatever their values.
+
+    And without tensors of another kind, such as a mask, which would stay in the old order.
+    """
+    if (
+        type(layer) is not nn.Linear
+        or layer._buffers
+        or any(isinstance(value, Tensor) for value in vars(layer).values())
+    ):
         return False
     try:
         _check("", layer, values=False)

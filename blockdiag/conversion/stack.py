@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.dropout import _DropoutNd
 
 from blockdiag.conversion.duplicate import duplicate, random_state_kept, route_calls, uncompiled
 from blockdiag.conversion.elementwise import is_elementwise
@@ -20,7 +21,7 @@ from blockdiag.conversion.stacked_layers import (
     StackedRMSNorm,
 )
 from blockdiag.modules import BlockDiagLinear
-from blockdiag.plain import has_hooks, has_own_forward
+from blockdiag.plain import has_hooks, has_own_forward, is_compiled
 
 _STACKED: dict[type, Callable[[Sequence[Any]], nn.Module]] = {
     nn.Linear: StackedLinear.from_linears,
@@ -154,7 +155,7 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
     for model in models:
         _check_parts(model, example_input)
 
-    skeleton = duplicate(models[0], meta=True)
+    skeleton = duplicate(models[0]).to("meta")  # but for attributes that are tensors, which a model needs
     # A copy of the first: what its modules keep beside parameters is not to be the result's too.
     shared, template, sources = _split_off_flattening([duplicate(models[0]), *models[1:]])
     stacked = _stack(template, sources, {})
@@ -187,7 +188,7 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
         for parameter in module.parameters(recurse=False):
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(f"stack_models: '{owner[parameter]}' and '{name}' share a parameter")
-        if has_own_forward(module) or "_orig_mod" in module._modules:  # torch.compile's wrapper calls the first model
+        if has_own_forward(module) or is_compiled(module):  # torch.compile's wrapper calls the first model
             raise ValueError(f"stack_models: '{name}' has a forward of its own, which would be lost")
         if has_hooks(module):
             raise ValueError(f"stack_models: '{name}' has hooks, which would see all models at once: remove them first")
@@ -234,7 +235,7 @@ def _split_off_flattening(models: Sequence[nn.Module]) -> tuple[nn.Module, nn.Mo
 
 def _named_part(sequence: nn.Module, start: int | None, stop: int | None) -> nn.Sequential:
     part = nn.Sequential()
-    for name, module in list(sequence.named_children())[start:stop]:
+    for name, module in list(sequence._modules.items())[start:stop]:  # with those that are used twice
         part.add_module(name, module)
     part.training = sequence.training
     return part
@@ -260,18 +261,29 @@ def _stack(template: nn.Module, sources: Sequence[nn.Module], memo: dict[nn.Modu
 
 
 def _check_outputs(models: Sequence[nn.Module], result: StackedModel, example_input: Tensor) -> None:
-    """Compares in double precision, where nothing but a mistake makes a difference."""
+    """Compares in double precision, where nothing but a mistake makes a difference; in training without dropout."""
     dtype = torch.promote_types(example_input.dtype, torch.float64)
     with random_state_kept(), uncompiled(), torch.no_grad():
-        *precise, stacked = [duplicate(model, hooks=False).to(dtype).eval() for model in (*models, result)]
-        for model in (*precise, stacked):
-            route_calls(model)
-        input = example_input.to(dtype)
-        expected = torch.stack([model(input) for model in precise])
-        try:
-            torch.testing.assert_close(stacked(input), expected)
-        except Exception as error:
-            raise ValueError(
-                "stack_models: stacked, the models do not compute what they compute alone, perhaps because their "
-                f"forward does not treat all dimensions but the last alike: {error}"
-            ) from error
+        copies = [duplicate(model, hooks=False).to(dtype) for model in (*models, result)]
+        for module in itertools.chain.from_iterable(copy.modules() for copy in copies):
+            if isinstance(module, _DropoutNd):
+                module.p = 0.0
+        for copy in copies:
+            route_calls(copy)
+        for training in (False, True):
+            *precise, stacked = [copy.train(training) for copy in copies]
+            input = example_input.to(dtype)
+            try:
+                expected = torch.stack([model(input) for model in precise])
+            except Exception:
+                if training:
+                    continue  # such as BatchNorm's for a single row
+                raise
+            try:
+                torch.testing.assert_close(stacked(input), expected)
+            except Exception as error:
+                raise ValueError(
+                    f"stack_models: stacked, the models do not compute what they compute alone, in "
+                    f"{'training' if training else 'eval'} mode, perhaps because their forward does not treat all "
+                    f"dimensions but the last alike: {error}"
+                ) from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockdiag.conversion.duplicate import HOOKS
-from blockdiag.conversion.optimizers import Heir, Reordering, rebind, restored_on_failure
+from blockdiag.conversion.optimizers import Heir, Reordering, held_by, rebind, restored_on_failure
 from blockdiag.plain import carry_attributes
 
 
@@ -81,8 +81,7 @@ def commit(
             known = {heir.parameter for heir in heirs.setdefault(parameter, [])}
             heirs[parameter] += [heir for heir in successors if heir.parameter not in known]
     for optimizer in optimizers:
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        new = [heir.parameter for parameter in held for heir in heirs.get(parameter, [])]
+        new = [heir.parameter for parameter in held_by([optimizer]) for heir in heirs.get(parameter, [])]
         if type(optimizer).__name__ == "Muon" and any(parameter.dim() != 2 for parameter in new):
             raise ValueError("Muon takes matrices only, and the new layers have parameters of other dimensions")
     attributes = list(_use_slow_path(model, (name for r in replacements for name in r.names)))
@@ -96,7 +95,8 @@ def commit(
             for heir in successors:
                 carry_attributes(parameter, heir.parameter, heir.gather)
                 if parameter.grad is not None and heir.gather is not None:
-                    heir.parameter.grad = heir.gather(parameter.grad).contiguous()
+                    gradient = heir.gather(parameter.grad)
+                    heir.parameter.grad = gradient.clone(memory_format=torch.contiguous_format)  # not the old one's
         for replacement in replacements:
             for hooks in HOOKS:  # the same dictionaries: handles that remove hooks go on working
                 replacement.new.__dict__[hooks] = replacement.old.__dict__[hooks]

@@ -3,15 +3,32 @@
 The recording is torch.fx's, its tracer is not: that one exchanges ``nn.Module.__call__`` and ``__getattr__`` for all
 threads (pytorch#112775). Here a throwaway copy has stand-ins in its modules' own attributes: calls lead to the tracer,
 parameters are what it records. The copy is on the meta device: it takes no memory, and nothing can depend on values.
+
+A forward that asks what it was given, or where it runs, may do otherwise with stand-ins: it is not traced.
 """
 
+import copy
+import dataclasses
+from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from blockdiag.conversion.duplicate import duplicate, random_state_kept, route_calls, run_forward, uncompiled
-from blockdiag.plain import has_hooks
+from blockdiag.plain import has_hooks, is_compiled
+
+# What a forward may ask for, and gets another answer to than with tensors.
+_QUESTIONS = {
+    *("isinstance", "type", "requires_grad", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
+    *("device", "is_cuda", "is_cpu", "is_meta", "get_device", "is_leaf", "grad_fn", "is_tensor", "is_tracing"),
+}
+
+
+def _asks(code: CodeType) -> bool:
+    inner: Iterator[CodeType] = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return not _QUESTIONS.isdisjoint(code.co_names) or any(map(_asks, inner))
 
 
 def seen(value: Any) -> Any:
@@ -20,13 +37,20 @@ def seen(value: Any) -> Any:
 
 
 def _map(value: Any, function: Any) -> Any:
-    """The value with the function applied to every fx.Proxy in it, in tuples, lists and dictionaries too."""
+    """The value with the function applied to every fx.Proxy in it, in containers and dataclasses too."""
     if isinstance(value, fx.Proxy):
         return function(value)
     if isinstance(value, dict):
         return {key: _map(item, function) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_map(item, function) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(item, function) for item in value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        mapped = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(mapped, field.name, _map(getattr(value, field.name, None), function))
+        return mapped
     return value
 
 
@@ -68,12 +92,16 @@ class _Tracer(fx.Tracer):
 
     def run(self) -> fx.Graph:
         entry: Any = self.copied
-        while "_orig_mod" in entry._modules:  # torch.compile's wrapper
+        while is_compiled(entry):
             entry = entry._orig_mod
         kind = type(entry)
         if "forward" in vars(entry) or kind.__call__ is not nn.Module.__call__:
             raise TypeError(f"a call of {kind.__name__} is not its class's forward")
         self.root = entry
+        for kind_inside in {type(module) for module in self.paths if not type(module).__module__.startswith("torch.")}:
+            code = getattr(kind_inside.forward, "__code__", None)
+            if code is not None and _asks(code):
+                raise TypeError(f"the forward of {kind_inside.__name__} asks what it was given, or where it runs")
         forward, args = self.create_args_for_root(kind.forward, True)
         output = forward(*args)
         for module in self.paths:
