@@ -41,7 +41,7 @@ def run_on_fake(*arguments: str, **environment: str) -> str:
         env={**os.environ, "FAIL_WITHOUT_CUDA": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-5000:]
