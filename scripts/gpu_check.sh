@@ -35,7 +35,8 @@ case $part:$# in
 esac
 failures_of_first= # read before anything is removed: it may lie in OUT_DIR
 if [ "$part:$#" = second:1 ]; then
-  failures_of_first=$(grep '^FAILED ' "$1") || usage
+  [ -r "$1" ] || usage
+  failures_of_first=$(grep '^FAILED ' "$1" || true)
 fi
 mkdir -p "$out"
 out=$(realpath "$out")
