@@ -1,14 +1,14 @@
 """Block-diagonal linear layers for PyTorch: many independent linear layers as one operation."""
 
 from blockdiag._load import extension
-from blockdiag.conversion import factorize, lower_rank, replace_linear, split_attention, stack_linears, stack_models
-from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
-from blockdiag.flops import register_flop_formulas
+from blockdiag.backends.tuning import preferred_cuda_gemm, tune, tune_from_environment
+from blockdiag.compression import factorize, lower_rank, replace_linear, split_attention
+from blockdiag.ensemble import stack_linears, stack_models
 from blockdiag.functional import linear
-from blockdiag.modules import BlockDiagLinear
-from blockdiag.onnx import register_translation
-from blockdiag.tuning import preferred_cuda_gemm, tune, tune_from_environment
-from blockdiag.vmap import register_batching_rules
+from blockdiag.nn import BlockDiagLinear, LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
+from blockdiag.registration.flops import register_flop_formulas
+from blockdiag.registration.onnx import register_translation
+from blockdiag.registration.vmap import register_batching_rules
 
 __all__ = [
     "BlockDiagLinear",

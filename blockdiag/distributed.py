@@ -16,7 +16,7 @@ from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from blockdiag.modules import BlockDiagLinear
+from blockdiag.nn.block_diag_linear import BlockDiagLinear
 
 # One way to shard an op over one dimension of a mesh: the placements of its outputs and of its arguments.
 Sharding = tuple[list[Placement], list[Placement | None]]

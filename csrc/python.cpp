@@ -13,7 +13,7 @@ namespace {
 
 namespace cuda = blockdiag::cuda;
 
-/// What blockdiag/tuning.py is made of.
+/// What blockdiag/backends/tuning.py is made of.
 void define_tuning(pybind11::module_& m) {
   m.def("preferred_cuda_gemm", &cuda::preferred_gemm, pybind11::arg("name") = pybind11::none());
   m.def("cublaslt_version", &cublasLtGetVersion);

@@ -17,7 +17,7 @@ import torch
 from packed_ensemble_digits import PIXELS, PackedEnsemble, load_data
 from torch import Tensor, nn
 
-import blockdiag.onnx
+import blockdiag.registration.onnx
 
 TOLERANCE = 1e-5  # of probabilities
 
@@ -44,7 +44,7 @@ def load(path: Path) -> tuple[Classifier, int]:
 
 def run_onnx(program: torch.export.ExportedProgram, folder: Path, batches: list[Tensor]) -> list[Tensor]:
     path = folder / "packed_ensemble.onnx"
-    table = blockdiag.onnx.translation_table()
+    table = blockdiag.registration.onnx.translation_table()
     torch.onnx.export(
         program, (), path, dynamo=True, external_data=False, custom_translation_table=table, verbose=False
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import blockdiag
-from blockdiag.conversion.attention import SplitAttention
+from blockdiag.compression.attention import SplitAttention
 
 _INPUT_ORDER = [3, 0, 2, 1, 5, 4, 11, 10, 9, 8, 7, 6]
 _OUTPUT_ORDER = [7, 5, 6, 4, 3, 1, 2, 0]

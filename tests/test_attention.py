@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from blockdiag import BlockDiagLinear, LowRankLinear, factorize, replace_linear, split_attention
-from blockdiag.conversion import SplitAttention
+from blockdiag.compression import SplitAttention
 
 BATCH, QUERIES, KEYS, HEADS = 3, 5, 7, 4
 

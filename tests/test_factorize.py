@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from blockdiag import LowRankConv, LowRankLinear, MonarchLinear, factorize, lower_rank
-from blockdiag.conversion import projection
+from blockdiag.compression import projection
 from models import mlp
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import blockdiag
 from blockdiag import BlockDiagLinear, LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
-from blockdiag.factors import near_square_blocks
+from blockdiag.nn.factors import near_square_blocks
 
 LAYERS = {
     "low rank": lambda **kw: LowRankLinear(12, 8, 3, **kw),

@@ -1,4 +1,4 @@
-"""The CUDA host code on a machine without a GPU: on the fake devices of tests/fake_cuda, in processes of their own.
+"""The CUDA host code on a machine without a GPU: on the fake devices of testing/fake_cuda, in processes of their own.
 
 Not named after CUDA, so that `-k cuda` on a machine with a GPU leaves it out. Needs a build with CUDA, g++ and nvcc's
 headers. FAIL_WITHOUT_CUDA_BUILD=1 says that they are expected.
@@ -13,7 +13,8 @@ import pytest
 
 from conftest import require_cuda_build
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+FAKE = str(ROOT / "testing" / "fake_cuda")
 
 # The GPU tests that the fake does not run.
 EXCLUDED = [
@@ -34,10 +35,10 @@ def _require_cuda_build():
 
 def run_on_fake(*arguments: str, **environment: str) -> str:
     """Runs pytest on the fake devices; returns its last line."""
-    command = [sys.executable, str(TESTS / "fake_cuda"), sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, FAKE, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, *arguments],
-        cwd=TESTS.parent,
+        cwd=ROOT,
         env={**os.environ, "FAIL_WITHOUT_CUDA": "1", **environment},
         capture_output=True,
         text=True,
@@ -50,12 +51,12 @@ def run_on_fake(*arguments: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("library", ["cublas", "cublaslt"])
 def test_calls(library):
-    files = [f"tests/fake_cuda/check_{name}.py" for name in ("host", "failures", "epilogues")]
+    files = [f"testing/fake_cuda/check_{name}.py" for name in ("host", "failures", "epilogues")]
     run_on_fake(*files, BLOCKDIAG_CUDA_GEMM=library)
 
 
 def test_tuning():
-    run_on_fake("tests/fake_cuda/check_tuning.py")
+    run_on_fake("testing/fake_cuda/check_tuning.py")
 
 
 @pytest.mark.parametrize("library", ["cublas", "cublaslt", "small_blocks"])
@@ -86,8 +87,8 @@ def test_order(library):
 
 
 def test_what_compute_sanitizer_runs():
-    command = [sys.executable, str(TESTS / "fake_cuda"), sys.executable, str(TESTS / "gpu_subset.py")]
-    path = ":".join(filter(None, [str(TESTS.parent), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, FAKE, sys.executable, str(ROOT / "tests" / "gpu_subset.py")]
+    path = ":".join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
@@ -132,6 +133,6 @@ def gemm(a, b, c, lda=2):
     ids=["none", "status", "bounds", "memory", "overlap", "device", "unfaked"],
 )
 def test_the_fake_notices(call, said):
-    command = [sys.executable, str(TESTS / "fake_cuda"), sys.executable, "-c", _MISTAKE.format(call=call)]
+    command = [sys.executable, FAKE, sys.executable, "-c", _MISTAKE.format(call=call)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert said in result.stdout + result.stderr

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-import blockdiag.onnx
+import blockdiag.registration.onnx
 from blockdiag import BlockDiagLinear
 from every_module import CASES, first, initialized
 
@@ -44,7 +44,7 @@ def test_runs_in_onnxruntime(stacked, leading, bias, dtype):
 def test_empty_batches(bias, empty):
     layer = BlockDiagLinear(12, 20, 4, bias=bias).eval()
     dynamic = ({dim: torch.export.Dim(f"d{dim}", min=0) for dim in (0, 1)},)
-    table = blockdiag.onnx.translation_table()
+    table = blockdiag.registration.onnx.translation_table()
     program = torch.onnx.export(
         layer,
         (torch.randn(2, 3, 12),),
@@ -79,7 +79,10 @@ def test_every_module(case):
 def test_the_table_and_an_exported_program_work_too():
     layer, x = BlockDiagLinear(12, 20, 4).eval(), torch.randn(5, 12)
     expected, domains = export(layer, x, has_batch=True)
-    assert export(layer, x, has_batch=True, custom_translation_table=blockdiag.onnx.translation_table())[0] == expected
+    assert (
+        export(layer, x, has_batch=True, custom_translation_table=blockdiag.registration.onnx.translation_table())[0]
+        == expected
+    )
     program = torch.onnx.export(torch.export.export(layer, (x,)), dynamo=True, verbose=False)
     assert {node.domain for node in program.model_proto.graph.node} == domains
 
@@ -88,18 +91,20 @@ def test_registered_once():
     from torch.onnx._internal.exporter._torchlib import _torchlib_registry
 
     for _ in range(2):
-        blockdiag.onnx.register_translation()
+        blockdiag.registration.onnx.register_translation()
     entries = [entry for entry in _torchlib_registry.get_torchlib_ops() if "blockdiag" in str(entry.fx_target)]
     assert len(entries) == 1
-    assert not any(isinstance(finder, blockdiag.onnx._OnImport) for finder in sys.meta_path)
+    assert not any(isinstance(finder, blockdiag.registration.onnx._OnImport) for finder in sys.meta_path)
 
 
 def test_what_cannot_be_registered_names_the_table(monkeypatch):
     """In another version of torch, whose registry is another."""
     registry = "torch.onnx._internal.exporter._torchlib._torchlib_registry"
     monkeypatch.setitem(sys.modules, registry, None)
-    with pytest.warns(UserWarning, match=r"needs custom_translation_table=blockdiag.onnx.translation_table\(\)"):
-        blockdiag.onnx._register()
+    with pytest.warns(
+        UserWarning, match=r"needs custom_translation_table=blockdiag.registration.onnx.translation_table\(\)"
+    ):
+        blockdiag.registration.onnx._register()
 
 
 def test_import_does_not_import_the_exporter():
@@ -110,4 +115,4 @@ def test_import_does_not_import_the_exporter():
 def test_without_onnxscript(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError, match="pip install onnx onnxscript"):
-        blockdiag.onnx.translation_table()
+        blockdiag.registration.onnx.translation_table()

@@ -97,7 +97,7 @@ def test_interrupted_while_a_neighbor_is_reordered(monkeypatch):
 
     for name in ("rewrap", "carry_attributes"):
         with monkeypatch.context() as patch, unchanged(model, optimizer):
-            patch.setattr(f"blockdiag.conversion.surgery.{name}", interrupt)
+            patch.setattr(f"blockdiag._surgery.replacement.{name}", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 permuted(model, optimizers=optimizer)
 

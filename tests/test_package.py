@@ -195,7 +195,9 @@ def test_source_folder_before_the_installed_package(copied_package, tmp_path):
 
 
 @pytest.mark.parametrize("init", [None, '__version__ = "3.0.0"\n'], ids=["uninstalled", "installed over ours"])
-@pytest.mark.parametrize("command", [["-m", "blockdiag"], ["-c", "from blockdiag.modules import BlockDiagLinear"]])
+@pytest.mark.parametrize(
+    "command", [["-m", "blockdiag"], ["-c", "from blockdiag.nn.block_diag_linear import BlockDiagLinear"]]
+)
 def test_the_other_blockdiag(copied_package, init, command):
     """The package that draws diagrams has overwritten our __init__.py, or taken it along when it was uninstalled."""
     module, _ = copied_package

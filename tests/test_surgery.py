@@ -242,7 +242,7 @@ def test_interrupted_work_changes_nothing(monkeypatch):
 
     for where in ("projection.diagonal_blocks", "convert.commit"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"blockdiag.conversion.{where}", interrupt)
+            patch.setattr(f"blockdiag.compression.{where}", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 replace_linear(model, num_blocks=2, inplace=True, optimizers=bound, progress=False)
     # In the middle of replacing, after the optimizer and the first layer.

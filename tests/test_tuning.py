@@ -196,10 +196,10 @@ numbers = [1] * len(extension.PROBLEM_FIELDS)
 for number in range(50):
     numbers[0] = 50 * int(sys.argv[1]) + number
     extension.add_choice("device", numbers, [1] * 8)
-import blockdiag.tuning
+import blockdiag.backends.tuning
 from pathlib import Path
 input()
-blockdiag.tuning._add_to(Path(sys.argv[2]))
+blockdiag.backends.tuning._add_to(Path(sys.argv[2]))
 """
         commands = [[sys.executable, "-c", code, str(index), str(path)] for index in range(4)]
         processes = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for command in commands]

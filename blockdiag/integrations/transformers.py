@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockdiag.conversion.convert import exchange
-from blockdiag.conversion.optimizers import Heir
-from blockdiag.conversion.surgery import Replacement, fill
+from blockdiag._surgery.optimizers import Heir
+from blockdiag._surgery.replacement import Replacement, fill
+from blockdiag.compression.convert import exchange
 
 
 def conv1d_to_linear(

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from blockdiag._surgery.plain import carry_attributes, why_not_plain
 from blockdiag.functional import linear
-from blockdiag.plain import carry_attributes, why_not_plain
 
 
 class BlockDiagLinear(nn.Module):

@@ -1,6 +1,6 @@
 """Two fake CUDA devices, so that the CUDA host code runs, and is tested, without a GPU.
 
-    python tests/fake_cuda COMMAND ...      # for instance: python -m pytest -m cuda tests/test_linear.py
+    python testing/fake_cuda COMMAND ...      # for instance: python -m pytest -m cuda tests/test_linear.py
 
 A shared library, compiled by build.py and loaded in front of the real ones, defines the functions of the CUDA runtime,
 of the driver, of cuBLAS and of cuBLASLt that torch and blockdiag call. Device memory is host memory; matrix products

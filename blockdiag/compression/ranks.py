@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blockdiag.conversion.select import Selected
+from blockdiag.compression.select import Selected
 
 
 class Target(NamedTuple):

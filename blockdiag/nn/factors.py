@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blockdiag.functional import is_jagged, linear, of_jagged
-from blockdiag.modules import BlockDiagLinear, check_own_forward
+from blockdiag.nn.block_diag_linear import BlockDiagLinear, check_own_forward
 
 
 class _LowRank(nn.Module):

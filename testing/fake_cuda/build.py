@@ -16,7 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-KERNELS = [*(ROOT / "csrc" / "cuda" / "kernels").iterdir(), *(HERE.parent / "cpp").glob("emulated_*.h")]
+EMULATION = ROOT / "tests" / "cpp"
+KERNELS = [*(ROOT / "csrc" / "cuda" / "kernels").iterdir(), *EMULATION.glob("emulated_*.h")]
 IMPORTERS = [
     "torch_cuda",
     "c10_cuda",
@@ -86,7 +87,7 @@ def _compile(source: Path, folder: Path) -> Path:
         "-Wno-unknown-pragmas",
     ]
     includes = [f"-isystem{path}" for path in [*_include_folders(), _folder("torch") / "include"]]
-    includes += [f"-I{path}" for path in (HERE, HERE.parent / "cpp", ROOT / "csrc")]
+    includes += [f"-I{path}" for path in (HERE, EMULATION, ROOT / "csrc")]
     subprocess.run(["g++", *flags, *includes, "-c", str(source), "-o", str(target)], check=True)
     return target
 

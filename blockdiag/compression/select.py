@@ -13,10 +13,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from blockdiag.conversion.sharing import check_sharing
-from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear
-from blockdiag.modules import BlockDiagLinear
-from blockdiag.plain import has_own_forward, why_not_plain
+from blockdiag._surgery.plain import has_own_forward, why_not_plain
+from blockdiag._surgery.sharing import check_sharing
+from blockdiag.nn.block_diag_linear import BlockDiagLinear
+from blockdiag.nn.factors import LowRankConv, LowRankLinear, MonarchLinear
 
 # How layers are named: a glob on module names, a regular expression to search them for, several of these, a mapping of
 # these to a setting, or a function of name and layer that returns whether to convert it, or its setting.

@@ -1,4 +1,4 @@
-"""Runs a command with two fake CUDA devices: python tests/fake_cuda COMMAND ..."""
+"""Runs a command with two fake CUDA devices: python testing/fake_cuda COMMAND ..."""
 
 import os
 import sys

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockdiag.conversion import projection
-from blockdiag.conversion.convert import Build, Change, Conversion, convert, merged
-from blockdiag.conversion.folding import fold_permutations
-from blockdiag.conversion.moments import Calibration, Moments, exact
-from blockdiag.conversion.optimizers import Heir
-from blockdiag.conversion.report import Step
-from blockdiag.conversion.select import IN_ATTENTION, LINEARS, Policy, Selected, attention_projections, select
-from blockdiag.conversion.surgery import Replacement, fill
-from blockdiag.factors import PermutedBlockDiagLinear
-from blockdiag.modules import BlockDiagLinear
+from blockdiag._surgery.optimizers import Heir
+from blockdiag._surgery.replacement import Replacement, fill
+from blockdiag.compression import projection
+from blockdiag.compression.convert import Build, Change, Conversion, convert, merged
+from blockdiag.compression.folding import fold_permutations
+from blockdiag.compression.moments import Calibration, Moments, exact
+from blockdiag.compression.report import Step
+from blockdiag.compression.select import IN_ATTENTION, LINEARS, Policy, Selected, attention_projections, select
+from blockdiag.nn.block_diag_linear import BlockDiagLinear
+from blockdiag.nn.factors import PermutedBlockDiagLinear
 
 
 def replace_linear(

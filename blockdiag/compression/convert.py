@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
-from blockdiag.conversion.duplicate import duplicate
-from blockdiag.conversion.moments import (
+from blockdiag._surgery.duplicate import duplicate
+from blockdiag._surgery.optimizers import Reordering, as_optimizers, held_by
+from blockdiag._surgery.replacement import Replacement, commit, unwrap
+from blockdiag._surgery.sharing import check_sharing
+from blockdiag.compression.moments import (
     Calibration,
     Moments,
     add_moments,
@@ -17,12 +20,9 @@ from blockdiag.conversion.moments import (
     no_moments,
     sum_over_processes,
 )
-from blockdiag.conversion.optimizers import Reordering, as_optimizers, held_by
-from blockdiag.conversion.progress import track
-from blockdiag.conversion.report import ConversionReport, LayerReport, Step, cost, describe, measure_pair
-from blockdiag.conversion.select import Selected, attention_projections, check_parameters, check_parts
-from blockdiag.conversion.sharing import check_sharing
-from blockdiag.conversion.surgery import Replacement, commit, unwrap
+from blockdiag.compression.progress import track
+from blockdiag.compression.report import ConversionReport, LayerReport, Step, cost, describe, measure_pair
+from blockdiag.compression.select import Selected, attention_projections, check_parameters, check_parts
 
 
 class Conversion(NamedTuple):

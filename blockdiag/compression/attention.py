@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from blockdiag.conversion.convert import exchange
-from blockdiag.conversion.duplicate import duplicate
-from blockdiag.conversion.optimizers import Heir
-from blockdiag.conversion.surgery import Replacement, fill
+from blockdiag._surgery.duplicate import duplicate
+from blockdiag._surgery.optimizers import Heir
+from blockdiag._surgery.replacement import Replacement, fill
+from blockdiag.compression.convert import exchange
 
 
 class SplitAttention(nn.Module):

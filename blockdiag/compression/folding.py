@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from blockdiag.conversion.convert import Change
-from blockdiag.conversion.elementwise import ELEMENTWISE_FUNCTIONS, is_elementwise
-from blockdiag.conversion.optimizers import Reordering
-from blockdiag.conversion.select import has_parameters_to_itself
-from blockdiag.conversion.trace import graphs
-from blockdiag.factors import PermutedBlockDiagLinear
-from blockdiag.plain import has_hooks
+from blockdiag._surgery.elementwise import ELEMENTWISE_FUNCTIONS, is_elementwise
+from blockdiag._surgery.optimizers import Reordering
+from blockdiag._surgery.plain import has_hooks
+from blockdiag._surgery.trace import graphs
+from blockdiag.compression.convert import Change
+from blockdiag.compression.select import has_parameters_to_itself
+from blockdiag.nn.factors import PermutedBlockDiagLinear
 
 
 def _followed_by(model: nn.Module, graph: fx.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:

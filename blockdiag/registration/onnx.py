@@ -31,7 +31,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ...     "model.onnx",
         ...     dynamo=True,
         ...     dynamic_shapes=({0: "batch"},),
-        ...     custom_translation_table=blockdiag.onnx.translation_table(),
+        ...     custom_translation_table=blockdiag.registration.onnx.translation_table(),
         ... )
     """
     try:
@@ -67,7 +67,8 @@ def _register() -> None:
                 torchlib.onnx_impl(op, no_compile=True)(translation)
     except Exception as error:  # of another version of torch or onnxscript; only exports of our layers are concerned
         warnings.warn(
-            f"blockdiag: torch.onnx.export needs custom_translation_table=blockdiag.onnx.translation_table(): {error}",
+            "blockdiag: torch.onnx.export needs "
+            f"custom_translation_table=blockdiag.registration.onnx.translation_table(): {error}",
             stacklevel=2,
         )
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blockdiag._surgery.plain import carry_attributes
 from blockdiag.functional import linear
-from blockdiag.modules import BlockDiagLinear
-from blockdiag.plain import carry_attributes
+from blockdiag.nn.block_diag_linear import BlockDiagLinear
 
 
 def _stack(modules: Sequence[Any], name: str) -> nn.Parameter | None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from blockdiag.conversion.duplicate import duplicate, random_state_kept, route_calls, run_forward, uncompiled
-from blockdiag.plain import has_hooks, is_compiled
+from blockdiag._surgery.duplicate import duplicate, random_state_kept, route_calls, run_forward, uncompiled
+from blockdiag._surgery.plain import has_hooks, is_compiled
 
 # What a forward may ask for, and gets another answer to than with tensors.
 _QUESTIONS = {

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.dropout import _DropoutNd
 
-from blockdiag.conversion.duplicate import duplicate, random_state_kept, route_calls, uncompiled
-from blockdiag.conversion.elementwise import is_elementwise
-from blockdiag.conversion.sharing import tensors_of, ties
-from blockdiag.conversion.stacked_layers import (
+from blockdiag._surgery.duplicate import duplicate, random_state_kept, route_calls, uncompiled
+from blockdiag._surgery.elementwise import is_elementwise
+from blockdiag._surgery.plain import has_hooks, has_own_forward, is_compiled
+from blockdiag._surgery.sharing import tensors_of, ties
+from blockdiag.ensemble.stacked_layers import (
     StackedBatchNorm1d,
     StackedLayerNorm,
     StackedLinear,
     StackedPReLU,
     StackedRMSNorm,
 )
-from blockdiag.modules import BlockDiagLinear
-from blockdiag.plain import has_hooks, has_own_forward, is_compiled
+from blockdiag.nn.block_diag_linear import BlockDiagLinear
 
 _STACKED: dict[type, Callable[[Sequence[Any]], nn.Module]] = {
     nn.Linear: StackedLinear.from_linears,

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from blockdiag.conversion.sharing import storage_key, tensors_of, ties
-from blockdiag.plain import is_compiled
+from blockdiag._surgery.plain import is_compiled
+from blockdiag._surgery.sharing import storage_key, tensors_of, ties
 
 HOOKS = (
     "_forward_hooks",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockdiag.conversion.duplicate import HOOKS
-from blockdiag.conversion.optimizers import Heir, Reordering, held_by, rebind, restored_on_failure
-from blockdiag.plain import carry_attributes
+from blockdiag._surgery.duplicate import HOOKS
+from blockdiag._surgery.optimizers import Heir, Reordering, held_by, rebind, restored_on_failure
+from blockdiag._surgery.plain import carry_attributes
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from blockdiag.conversion.duplicate import duplicate, route_calls
+from blockdiag._surgery.duplicate import duplicate, route_calls
 
 
 class Cost(NamedTuple):

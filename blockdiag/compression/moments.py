@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from blockdiag.conversion.duplicate import (
+from blockdiag._surgery.duplicate import (
     computes_weight,
     duplicate,
     random_state_kept,
@@ -17,7 +17,7 @@ from blockdiag.conversion.duplicate import (
     run_forward,
     uncompiled,
 )
-from blockdiag.conversion.progress import track
+from blockdiag.compression.progress import track
 
 # Batches for the model, or a function that runs the model on its inputs. A batch is a tensor, a tuple or list of
 # positional arguments, or a mapping of keyword arguments.

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockdiag.conversion import projection
-from blockdiag.conversion.convert import Build, Change, Conversion, convert, merged
-from blockdiag.conversion.duplicate import duplicate, random_state_kept
-from blockdiag.conversion.moments import Calibration, Moments, exact
-from blockdiag.conversion.optimizers import Heir
-from blockdiag.conversion.ranks import Candidate, Target, choose_ranks
-from blockdiag.conversion.report import Step
-from blockdiag.conversion.select import (
+from blockdiag._surgery.duplicate import duplicate, random_state_kept
+from blockdiag._surgery.optimizers import Heir
+from blockdiag._surgery.replacement import Replacement, fill
+from blockdiag.compression import projection
+from blockdiag.compression.convert import Build, Change, Conversion, convert, merged
+from blockdiag.compression.moments import Calibration, Moments, exact
+from blockdiag.compression.ranks import Candidate, Target, choose_ranks
+from blockdiag.compression.report import Step
+from blockdiag.compression.select import (
     CONVOLUTIONS,
     FACTORS,
     IN_ATTENTION,
@@ -24,8 +25,7 @@ from blockdiag.conversion.select import (
     attention_projections,
     select,
 )
-from blockdiag.conversion.surgery import Replacement, fill
-from blockdiag.factors import LowRankConv, LowRankLinear, MonarchLinear, near_square_blocks
+from blockdiag.nn.factors import LowRankConv, LowRankLinear, MonarchLinear, near_square_blocks
 
 
 class _Matrices(NamedTuple):
@@ -87,7 +87,7 @@ def factorize(
         num_blocks: of Monarch: blocks of the first factor and of the second, or one number for both. Default: for each
             the largest divisor of the features up to their square root.
         rank: of Monarch: rank of the submatrices. Default: 1.
-        max_error: largest relative error of each layer; see :class:`~blockdiag.conversion.LayerReport`.
+        max_error: largest relative error of each layer; see :class:`~blockdiag.compression.LayerReport`.
         operation_budget: fraction of the selected layers' operations that may be kept.
         min_features: leaves linear layers with fewer input or output features alone.
         min_channels: leaves convolutions with fewer input or output channels alone.

@@ -1,0 +1,1 @@
+"""How models are taken apart and put together again: copies, traces, shared parameters, optimizers."""

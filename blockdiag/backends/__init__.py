@@ -1,0 +1,1 @@
+"""Which library computes the ops on each device, and how that is chosen."""

@@ -1,0 +1,1 @@
+"""What other parts of PyTorch have to know of the ops."""
