@@ -1,7 +1,7 @@
 """Block-diagonal linear layers for PyTorch: many independent linear layers as one operation."""
 
 from blockdiag._load import extension
-from blockdiag.backends.tuning import preferred_cuda_gemm, tune, tune_from_environment
+from blockdiag.backends.tuning import tune_from_environment
 from blockdiag.compression import factorize, lower_rank, replace_linear, split_attention
 from blockdiag.ensemble import stack_linears, stack_models
 from blockdiag.functional import linear
@@ -20,12 +20,10 @@ __all__ = [
     "factorize",
     "linear",
     "lower_rank",
-    "preferred_cuda_gemm",
     "replace_linear",
     "split_attention",
     "stack_linears",
     "stack_models",
-    "tune",
 ]
 
 build_info = extension.build_info

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from blockdiag.registration.layout import feature_dims
+
 _TORCHLIB = "torch.onnx._internal.exporter._torchlib"  # what torch.onnx.export can translate
 _TRANSLATIONS = f"{_TORCHLIB}.ops"  # imported, for what registers itself there, when they are first asked for
 
@@ -42,7 +44,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         num_blocks, out_block, in_block = weight.shape
-        stacked = input.shape[-1] != num_blocks * in_block
+        stacked = feature_dims(input.shape, weight.shape) == 2
         features = [num_blocks, out_block] if stacked else [num_blocks * out_block]
         rows = op.Reshape(input, op.Constant(value_ints=[-1, num_blocks, in_block]))
         # A Reshape that changes nothing: onnxruntime would fuse the transposition into the product, and then divide by
@@ -93,7 +95,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 
 def register_translation() -> None:
-    """Makes the translation known to :func:`torch.onnx.export`. Twice is as once."""
+    """Makes the translation known to :func:`torch.onnx.export`. Idempotent."""
     if _TRANSLATIONS in sys.modules:
         _register()
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
