@@ -3,7 +3,7 @@
 from blockdiag._load import extension
 from blockdiag.backends.tuning import preferred_cuda_gemm, tune, tune_from_environment
 from blockdiag.compression import factorize, lower_rank, replace_linear, split_attention
-from blockdiag.ensemble import stack_linears, stack_models
+from blockdiag.ensemble import stack_models
 from blockdiag.functional import linear
 from blockdiag.nn import BlockDiagLinear, LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
 from blockdiag.registration.flops import register_flop_formulas
@@ -23,7 +23,6 @@ __all__ = [
     "preferred_cuda_gemm",
     "replace_linear",
     "split_attention",
-    "stack_linears",
     "stack_models",
     "tune",
 ]

@@ -16,7 +16,7 @@ from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from blockdiag.nn.block_diag_linear import BlockDiagLinear
+from blockdiag.nn import BlockDiagLinear, PermutedBlockDiagLinear
 
 # One way to shard an op over one dimension of a mesh: the placements of its outputs and of its arguments.
 Sharding = tuple[list[Placement], list[Placement | None]]
@@ -159,7 +159,7 @@ class BlockParallel(ParallelStyle):
         return output.to_local() if self.use_local_output else output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, BlockDiagLinear):
+        if not isinstance(module, BlockDiagLinear | PermutedBlockDiagLinear):
             raise TypeError(f"BlockParallel: expected a BlockDiagLinear, but got {type(module).__name__}")
         if module.num_blocks % device_mesh.size() != 0:
             raise ValueError(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from blockdiag import BlockDiagLinear, stack_linears, stack_models
+from blockdiag import stack_models
 
 
 def make_mlp():
@@ -230,14 +230,6 @@ def test_a_stacked_input_has_one_part_for_each_model():
     stacked = stack_models([nn.Sequential(nn.Linear(3, 3))] * 2)
     with pytest.raises(ValueError, match="expected one input for each of 2 models in the first dimension"):
         stacked(torch.randn(3, 4, 3), stacked=True)
-
-
-def test_stack_linears():
-    linears = [nn.Linear(3, 2) for _ in range(4)]
-    layer = stack_linears(linears)
-    assert type(layer) is BlockDiagLinear
-    for linear, block in zip(linears, layer.weight, strict=True):
-        assert torch.equal(linear.weight, block)
 
 
 @pytest.mark.parametrize("shared", [nn.GELU(), nn.Linear(8, 8)], ids=["activation", "layer"])

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 
 from blockdiag._surgery.plain import has_own_forward, why_not_plain
 from blockdiag._surgery.sharing import check_sharing
+from blockdiag.nn import LowRankConv, LowRankLinear, MonarchLinear
 from blockdiag.nn.block_diag_linear import BlockDiagLinear
-from blockdiag.nn.factors import LowRankConv, LowRankLinear, MonarchLinear
 
 # How layers are named: a glob on module names, a regular expression to search them for, several of these, a mapping of
 # these to a setting, or a function of name and layer that returns whether to convert it, or its setting.

@@ -21,7 +21,6 @@ from blockdiag.ensemble.stacked_layers import (
     StackedPReLU,
     StackedRMSNorm,
 )
-from blockdiag.nn.block_diag_linear import BlockDiagLinear
 
 _STACKED: dict[type, Callable[[Sequence[Any]], nn.Module]] = {
     nn.Linear: StackedLinear.from_linears,
@@ -32,11 +31,6 @@ _STACKED: dict[type, Callable[[Sequence[Any]], nn.Module]] = {
 }
 _OVER_FEATURES = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def stack_linears(linears: Sequence[nn.Linear]) -> BlockDiagLinear:
-    """:meth:`BlockDiagLinear.from_linears`: the layer whose block ``g`` computes what ``linears[g]`` computes."""
-    return BlockDiagLinear.from_linears(linears)
 
 
 class StackedModel(nn.Module):
