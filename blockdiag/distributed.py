@@ -18,6 +18,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from blockdiag.nn import BlockDiagLinear, PermutedBlockDiagLinear
 
+__all__ = ["BlockParallel", "shard_placement"]
+
 # One way to shard an op over one dimension of a mesh: the placements of its outputs and of its arguments.
 Sharding = tuple[list[Placement], list[Placement | None]]
 
@@ -95,7 +97,10 @@ def shard_placement(world_size: int) -> Callable[[nn.Parameter], Shard]:
 
     Example::
 
-        >>> fully_shard(model, shard_placement_fn=shard_placement(dist.get_world_size()))
+        >>> from blockdiag.distributed import shard_placement
+        >>> place = shard_placement(world_size=8)  # fully_shard(model, shard_placement_fn=place)
+        >>> place(blockdiag.BlockDiagLinear(64, 128, num_blocks=2).weight)  # of shape (2, 64, 32)
+        Shard(dim=1)
     """
 
     def place(parameter: nn.Parameter) -> Shard:
@@ -124,9 +129,20 @@ class BlockParallel(ParallelStyle):
 
     Example::
 
+        >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor import Replicate, Shard
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from blockdiag import BlockDiagLinear
+        >>> from blockdiag.distributed import BlockParallel
+        >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # torchrun starts more
+        >>> mesh = init_device_mesh("cpu", (1,))
         >>> model = nn.Sequential(BlockDiagLinear(512, 512, 8), nn.ReLU(), BlockDiagLinear(512, 80, 8))
         >>> styles = {"0": BlockParallel(), "2": BlockParallel(input_layouts=Shard(-1), output_layouts=Replicate())}
-        >>> parallelize_module(model, init_device_mesh("cuda", (4,)), styles)
+        >>> model = parallelize_module(model, mesh, styles)
+        >>> model(torch.randn(32, 512)).shape
+        torch.Size([32, 80])
+        >>> destroy_process_group()
     """
 
     def __init__(

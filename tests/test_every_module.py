@@ -183,7 +183,7 @@ def test_vmap_over_an_ensemble(case):
 
 @every_module
 def test_per_sample_gradients(case):
-    module, inputs = initialized(case), case.inputs(3)
+    module, inputs = initialized(case, dtype=torch.float64), [x.double() for x in case.inputs(3)]
     parameters = {name: p.detach() for name, p in module.named_parameters()}
 
     def loss(parameters, *sample):

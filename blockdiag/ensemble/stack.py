@@ -45,6 +45,17 @@ class StackedModel(nn.Module):
         shared: what is applied to an input before the models part: reshaping.
         stacked: the model on activations :math:`(*, M, \\text{features})`.
         num_models: :math:`M`.
+
+    Raises:
+        ValueError: an input with ``stacked=True`` does not have one part for each model.
+
+    Examples::
+
+        >>> ensemble = blockdiag.stack_models([nn.Sequential(nn.Linear(8, 4), nn.ReLU()) for _ in range(3)])
+        >>> ensemble(torch.randn(32, 8)).shape
+        torch.Size([3, 32, 4])
+        >>> ensemble(torch.randn(3, 32, 8), stacked=True).shape  # an input for each model
+        torch.Size([3, 32, 4])
     """
 
     def __init__(self, shared: nn.Module, stacked: nn.Module, num_models: int, skeleton: nn.Module) -> None:
@@ -74,7 +85,15 @@ class StackedModel(nn.Module):
         return self.stacked(rows).movedim(-2, 0)
 
     def to_models(self) -> list[nn.Module]:
-        """The models, with copies of their parameters: the inverse of :func:`stack_models`."""
+        """The models, with copies of their parameters: the inverse of :func:`stack_models`.
+
+        Example::
+
+            >>> models = [nn.Sequential(nn.Linear(8, 4), nn.ReLU()) for _ in range(3)]
+            >>> again = blockdiag.stack_models(models).to_models()
+            >>> torch.equal(again[2][0].weight, models[2][0].weight)
+            True
+        """
         models = [copy.deepcopy(self._skeleton[0]) for _ in range(self.num_models)]
         for index, model in enumerate(models):
             restored: set[nn.Module] = set()
@@ -121,7 +140,7 @@ def _parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
 def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = None) -> StackedModel:
     """One model that computes all of these at once, with copies of their parameters: an ensemble as one network.
 
-    For multilayer perceptrons: models of :class:`torch.nn.Linear`, normalisations (``LayerNorm``, ``RMSNorm``,
+    For multilayer perceptrons: models of :class:`torch.nn.Linear`, normalization (``LayerNorm``, ``RMSNorm``,
     ``BatchNorm1d``), elementwise activations and dropout, ``PReLU``, ``Softmax`` and the like over the last dimension,
     and ``Flatten`` at the start, in :class:`torch.nn.Sequential`. Models with a ``forward`` of their own work if it
     treats all dimensions but the last alike; to make sure, they are compared with the result on an ``example_input``.
@@ -131,9 +150,21 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
         models: trained models of one architecture, dtype, device, mode and ``requires_grad``.
         example_input: an input of one model; required where a model has a ``forward`` of its own.
 
+    Returns:
+        The :class:`~blockdiag.ensemble.StackedModel`, which has a block for each model in its linear layers.
+
     Raises:
         ValueError: there are no models, they differ, have parts that cannot be stacked, or do not compute the same
             stacked.
+
+    Example::
+
+        >>> models = [nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)) for _ in range(3)]
+        >>> ensemble = blockdiag.stack_models(models)
+        >>> x = torch.randn(32, 8)
+        >>> torch.testing.assert_close(ensemble(x), torch.stack([model(x) for model in models]))
+        >>> ensemble.stacked[0]
+        StackedLinear(in_features=24, out_features=48, num_blocks=3, bias=True)
     """
     if not models:
         raise ValueError("stack_models: expected at least one model, but got none")

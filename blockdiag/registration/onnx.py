@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["translation_table"]
+
 _TORCHLIB = "torch.onnx._internal.exporter._torchlib"  # what torch.onnx.export can translate
 _TRANSLATIONS = f"{_TORCHLIB}.ops"  # imported, for what registers itself there, when they are first asked for
 
@@ -25,13 +27,14 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Example::
 
-        >>> torch.onnx.export(
-        ...     model,
-        ...     (x,),
+        >>> program = torch.onnx.export(
+        ...     blockdiag.BlockDiagLinear(8, 4, num_blocks=2),
+        ...     (torch.randn(3, 8),),
         ...     "model.onnx",
         ...     dynamo=True,
         ...     dynamic_shapes=({0: "batch"},),
         ...     custom_translation_table=blockdiag.registration.onnx.translation_table(),
+        ...     verbose=False,
         ... )
     """
     try:
