@@ -45,6 +45,7 @@ def build_info() -> dict[str, str]:
 
     Example::
 
+        >>> import blockdiag
         >>> info = blockdiag.build_info()
         >>> info["version"] == blockdiag.__version__
         True

@@ -97,6 +97,7 @@ def shard_placement(world_size: int) -> Callable[[nn.Parameter], Shard]:
 
     Example::
 
+        >>> import blockdiag
         >>> from blockdiag.distributed import shard_placement
         >>> place = shard_placement(world_size=8)  # fully_shard(model, shard_placement_fn=place)
         >>> place(blockdiag.BlockDiagLinear(64, 128, num_blocks=2).weight)  # of shape (2, 64, 32)
@@ -110,7 +111,7 @@ def shard_placement(world_size: int) -> Callable[[nn.Parameter], Shard]:
 
 
 class BlockParallel(ParallelStyle):
-    """Splits a :class:`~blockdiag.BlockDiagLinear` by blocks over a device mesh of one dimension.
+    """Splits a :class:`~blockdiag.BlockDiagLinear`, permuted or not, by blocks over a device mesh of one dimension.
 
     For :func:`torch.distributed.tensor.parallel.parallelize_module`. Weight and bias are sharded over the blocks, and
     so are the features of input and output. Consecutive layers of one number of blocks, with pointwise functions
@@ -124,11 +125,13 @@ class BlockParallel(ParallelStyle):
         use_local_output: whether to return the local part as a plain tensor. Default: ``True``.
 
     Raises:
-        TypeError: the module is no BlockDiagLinear.
+        TypeError: the module is neither a BlockDiagLinear nor a PermutedBlockDiagLinear.
         ValueError: the number of blocks is no multiple of the mesh's size.
 
     Example::
 
+        >>> import torch
+        >>> from torch import nn
         >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
         >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from torch.distributed.tensor import Replicate, Shard

@@ -64,6 +64,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Example::
 
+        >>> import torch, blockdiag
         >>> x, w, b = torch.randn(128, 4 * 64), torch.randn(4, 32, 64), torch.randn(4 * 32)
         >>> blockdiag.linear(x, w, b).shape
         torch.Size([128, 128])

@@ -215,7 +215,7 @@ def hooked():
         ([hooked(), hooked()], "'0' has hooks"),
         ([Scaled()], "'' is a Scaled with tensors that cannot be stacked"),
         ([nn.Sequential(nn.Conv2d(3, 3, 1))], "'0' is a Conv2d with tensors that cannot be stacked"),
-        ([nn.Sequential(nn.LayerNorm((2, 3)))], "'0' normalises over 2 dimensions; only 1 can be stacked"),
+        ([nn.Sequential(nn.LayerNorm((2, 3)))], "'0' normalizes over 2 dimensions; only 1 can be stacked"),
         ([nn.Sequential(nn.Softmax(1))], "'0' is over dimension 1; set dim=-1"),
         ([nn.Sequential(nn.Linear(3, 3), nn.Flatten())], r"nn.Flatten can be stacked at the start"),
         ([nn.Sequential(nn.MaxPool1d(2))], "'0' is a MaxPool1d, which cannot be stacked"),

@@ -37,6 +37,7 @@ def preferred_cuda_gemm(name: str | None = None) -> str:
 
     Example::
 
+        >>> import blockdiag
         >>> if blockdiag.build_info()["cuda"] != "none":
         ...     before = blockdiag.preferred_cuda_gemm()
         ...     assert blockdiag.preferred_cuda_gemm("cublaslt") == "cublaslt"
@@ -75,6 +76,7 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
 
     Example::
 
+        >>> import torch, blockdiag
         >>> model, batch = blockdiag.BlockDiagLinear(256, 128, num_blocks=4), torch.randn(32, 256)
         >>> with blockdiag.tune("tuning.json"):
         ...     output = model(batch)

@@ -51,6 +51,8 @@ class StackedModel(nn.Module):
 
     Examples::
 
+        >>> import torch, blockdiag
+        >>> from torch import nn
         >>> ensemble = blockdiag.stack_models([nn.Sequential(nn.Linear(8, 4), nn.ReLU()) for _ in range(3)])
         >>> ensemble(torch.randn(32, 8)).shape
         torch.Size([3, 32, 4])
@@ -89,6 +91,8 @@ class StackedModel(nn.Module):
 
         Example::
 
+            >>> import torch, blockdiag
+            >>> from torch import nn
             >>> models = [nn.Sequential(nn.Linear(8, 4), nn.ReLU()) for _ in range(3)]
             >>> again = blockdiag.stack_models(models).to_models()
             >>> torch.equal(again[2][0].weight, models[2][0].weight)
@@ -159,6 +163,8 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
 
     Example::
 
+        >>> import torch, blockdiag
+        >>> from torch import nn
         >>> models = [nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)) for _ in range(3)]
         >>> ensemble = blockdiag.stack_models(models)
         >>> x = torch.randn(32, 8)
@@ -221,7 +227,7 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
             shape = getattr(module, "normalized_shape", ())
             if len(shape) > 1:
                 raise ValueError(
-                    f"stack_models: '{name}' normalises over {len(shape)} dimensions; only 1 can be stacked"
+                    f"stack_models: '{name}' normalizes over {len(shape)} dimensions; only 1 can be stacked"
                 )
         elif type(module) in _OVER_FEATURES:
             if module.dim != -1:

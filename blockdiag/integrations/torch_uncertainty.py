@@ -63,6 +63,7 @@ def install() -> None:
 
     Example::
 
+        >>> import torch
         >>> from torch_uncertainty.layers.packed import PackedLinear
         >>> from blockdiag.integrations import torch_uncertainty
         >>> layer = PackedLinear(256, 128, alpha=2, num_estimators=4)
@@ -114,6 +115,7 @@ def installed() -> Iterator[None]:
 
     Example::
 
+        >>> import torch
         >>> from torch_uncertainty.layers.packed import PackedLinear
         >>> from blockdiag.integrations import torch_uncertainty
         >>> layer = PackedLinear(256, 128, alpha=2, num_estimators=4, first=True)

@@ -34,6 +34,7 @@ def conv1d_to_linear(
 
     Example::
 
+        >>> from torch import nn
         >>> from transformers.pytorch_utils import Conv1D
         >>> from blockdiag.integrations.transformers import conv1d_to_linear
         >>> conv1d_to_linear(nn.Sequential(Conv1D(3072, 768), nn.GELU(), Conv1D(768, 3072)))

@@ -44,6 +44,7 @@ class BlockDiagLinear(Unquantized):
 
     Examples::
 
+        >>> import torch, blockdiag
         >>> layer = blockdiag.BlockDiagLinear(in_features=256, out_features=128, num_blocks=4)
         >>> layer(torch.randn(32, 256)).shape
         torch.Size([32, 128])
@@ -116,6 +117,7 @@ class BlockDiagLinear(Unquantized):
 
         Example::
 
+            >>> import torch, blockdiag
             >>> linears = [torch.nn.Linear(64, 32) for _ in range(4)]
             >>> blockdiag.BlockDiagLinear.from_linears(linears)
             BlockDiagLinear(in_features=256, out_features=128, num_blocks=4, bias=True)
@@ -148,6 +150,7 @@ class BlockDiagLinear(Unquantized):
 
         Example::
 
+            >>> import blockdiag
             >>> blockdiag.BlockDiagLinear(4, 6, num_blocks=2).to_linears()
             [Linear(in_features=2, out_features=3, bias=True), Linear(in_features=2, out_features=3, bias=True)]
         """
@@ -163,6 +166,7 @@ class BlockDiagLinear(Unquantized):
 
         Example::
 
+            >>> import torch, blockdiag
             >>> dense = torch.nn.Linear(4, 6)
             >>> layer = blockdiag.BlockDiagLinear.from_dense(dense, num_blocks=2)
             >>> torch.equal(layer.weight[1], dense.weight[3:, 2:])
@@ -186,6 +190,7 @@ class BlockDiagLinear(Unquantized):
 
         Example::
 
+            >>> import torch, blockdiag
             >>> layer = blockdiag.BlockDiagLinear(4, 6, num_blocks=2)
             >>> torch.equal(layer.to_dense().weight, torch.block_diag(*layer.weight))
             True

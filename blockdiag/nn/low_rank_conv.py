@@ -49,6 +49,7 @@ class LowRankConv(LowRank):
 
     Examples::
 
+        >>> import torch, blockdiag
         >>> layer = blockdiag.LowRankConv(64, 128, kernel_size=3, rank=16, padding=1)
         >>> layer(torch.randn(8, 64, 28, 28)).shape
         torch.Size([8, 128, 28, 28])
@@ -124,6 +125,7 @@ class LowRankConv(LowRank):
 
         Example::
 
+            >>> import torch, blockdiag
             >>> conv = torch.nn.Conv2d(64, 128, 3, padding=1).to(memory_format=torch.channels_last)
             >>> layer = blockdiag.LowRankConv.from_conv(conv, rank=16)
             >>> layer(torch.randn(8, 64, 28, 28)).shape

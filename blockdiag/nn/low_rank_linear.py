@@ -38,6 +38,7 @@ class LowRankLinear(LowRank):
 
     Examples::
 
+        >>> import torch, blockdiag
         >>> layer = blockdiag.LowRankLinear(in_features=256, out_features=128, rank=16)
         >>> layer(torch.randn(32, 256)).shape
         torch.Size([32, 128])

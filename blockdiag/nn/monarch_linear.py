@@ -42,6 +42,7 @@ class MonarchLinear(nn.Module):
 
     Examples::
 
+        >>> import torch, blockdiag
         >>> layer = blockdiag.MonarchLinear(in_features=256, out_features=1024, num_blocks=(16, 32))
         >>> layer(torch.randn(32, 256)).shape
         torch.Size([32, 1024])

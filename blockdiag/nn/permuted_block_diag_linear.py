@@ -46,6 +46,7 @@ class PermutedBlockDiagLinear(Unquantized):
 
     Examples::
 
+        >>> import torch, blockdiag
         >>> layer = blockdiag.PermutedBlockDiagLinear(6, 4, num_blocks=2, input_permutation=[0, 2, 4, 1, 3, 5])
         >>> layer(torch.randn(32, 6)).shape
         torch.Size([32, 4])
@@ -93,6 +94,7 @@ class PermutedBlockDiagLinear(Unquantized):
 
         Example::
 
+            >>> import torch, blockdiag
             >>> blocks = blockdiag.BlockDiagLinear.from_linears([torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)])
             >>> layer = blockdiag.PermutedBlockDiagLinear.from_blocks(blocks, [0, 2, 1, 3])
             >>> layer.blocks is blocks
@@ -147,6 +149,7 @@ class PermutedBlockDiagLinear(Unquantized):
 
         Example::
 
+            >>> import torch, blockdiag
             >>> layer = blockdiag.PermutedBlockDiagLinear(6, 4, 2, output_permutation=[3, 1, 2, 0])
             >>> x = torch.randn(32, 6)
             >>> torch.testing.assert_close(layer.to_dense()(x), layer(x))

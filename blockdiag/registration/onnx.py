@@ -27,6 +27,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Example::
 
+        >>> import torch, blockdiag
         >>> program = torch.onnx.export(
         ...     blockdiag.BlockDiagLinear(8, 4, num_blocks=2),
         ...     (torch.randn(3, 8),),
