@@ -118,7 +118,7 @@ class BlockParallel(ParallelStyle):
     between them, exchange nothing between their processes.
 
     Args:
-        input_layouts: placement of inputs that are no DTensors. Default: ``Replicate()``. Inputs of another placement
+        input_layouts: placement of inputs that are not DTensors. Default: ``Replicate()``. Inputs of another placement
             than by blocks are redistributed.
         output_layouts: placement of the output. Default: by blocks, as it is computed: ``Shard(-1)`` if concatenated,
             ``Shard(-2)`` if stacked.

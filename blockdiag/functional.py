@@ -12,7 +12,7 @@ __all__ = ["linear"]
 
 
 def is_jagged(input: Any) -> bool:
-    # What torch.fx traces with is no Tensor, and cannot be asked whether it is nested.
+    # A proxy of torch.fx is no Tensor, and does not know whether it is nested.
     return isinstance(input, Tensor) and input.is_nested and input.layout == torch.jagged
 
 

@@ -65,12 +65,12 @@ class StackedModel(nn.Module):
         self.shared = shared
         self.stacked = stacked
         self.num_models = num_models
-        self._skeleton = (skeleton,)  # one of the models without values, and no submodule of this one
+        self._skeleton = (skeleton,)  # a model without values; in a tuple, it is not registered as a submodule
         self._needs_a_copy = _may_change_its_input(stacked)
 
     def forward(self, input: Tensor, stacked: bool = False) -> Tensor:
         if not torch.jit.is_scripting() and _is_traced(stacked):
-            # torch.fx follows one way through the code, and must not make of the other's input what this way does.
+            # torch.fx traces one branch: the traced module must not compute that for inputs of the other.
             torch._assert(stacked ^ True, "StackedModel: traced by torch.fx, but not with stacked=True")
             stacked = False
         if stacked:
@@ -117,12 +117,12 @@ def _is_traced(value: Any) -> bool:
 
 def _expanded(rows: Tensor, num_models: int) -> Tensor:
     """The same rows for all models: (*, num_models, features)."""
-    # By another tensor, and not by sizes: neither torch.fx nor TorchScript can put these together as Python does.
+    # Broadcast with a tensor rather than to sizes, which neither torch.fx nor TorchScript can put together.
     return torch.broadcast_tensors(rows.unsqueeze(-2), rows.new_empty([num_models, 1]))[0]
 
 
 def _may_change_its_input(model: nn.Module) -> bool:
-    """Whether a layer that works in place may get what goes in, or what goes in may come out."""
+    """Whether an in-place layer may get the input itself, or the input itself may come out."""
     is_sequence = all(type(module) is nn.Sequential for module in model.modules() if module._modules)
     hands_on = True
     for layer in (module for module in model.modules() if not module._modules):
@@ -186,8 +186,8 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
     for model in models:
         _check_parts(model, example_input)
 
-    skeleton = duplicate(models[0]).to("meta")  # but for attributes that are tensors, which a model needs
-    # A copy of the first: what its modules keep beside parameters is not to be the result's too.
+    skeleton = duplicate(models[0]).to("meta")  # attributes that are plain tensors keep their values
+    # A copy of the first model: the result must not share what its modules keep beside parameters.
     shared, template, sources = _split_off_flattening([duplicate(models[0]), *models[1:]])
     stacked = _stack(template, sources, {})
     result = StackedModel(shared, stacked, len(models), skeleton)
@@ -292,7 +292,7 @@ def _stack(template: nn.Module, sources: Sequence[nn.Module], memo: dict[nn.Modu
 
 
 def _check_outputs(models: Sequence[nn.Module], result: StackedModel, example_input: Tensor) -> None:
-    """Compares in double precision, where nothing but a mistake makes a difference; in training without dropout."""
+    """Compares outputs in double precision, so that rounding hides no error; in training mode without dropout."""
     dtype = torch.promote_types(example_input.dtype, torch.float64)
     with random_state_kept(), uncompiled(), torch.no_grad():
         copies = [duplicate(model, hooks=False).to(dtype) for model in (*models, result)]

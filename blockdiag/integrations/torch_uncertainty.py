@@ -79,7 +79,7 @@ def install() -> None:
     replacement = _replacement(original)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "torch_uncertainty":
-            # Who imported the function by its name has a reference of their own.
+            # Modules that imported the function by name hold a reference of their own.
             for key in [key for key, value in vars(module).items() if value is original]:
                 _replace(module, key, replacement)
     for kind, convert in (

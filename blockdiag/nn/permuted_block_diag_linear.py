@@ -42,7 +42,8 @@ class PermutedBlockDiagLinear(Unquantized):
     State dicts in which weight and bias have no prefix ``blocks.``, as those of version 0.1, load too.
 
     Raises:
-        ValueError: the sizes do not fit, as for :class:`BlockDiagLinear`, or a permutation is none.
+        ValueError: the sizes do not fit, as for :class:`BlockDiagLinear`, or ``input_permutation`` or
+            ``output_permutation`` is not a permutation of the features.
 
     Examples::
 
@@ -90,7 +91,7 @@ class PermutedBlockDiagLinear(Unquantized):
             output_permutation: as for the class.
 
         Raises:
-            ValueError: a permutation is none.
+            ValueError: one of them is not a permutation of the features.
 
         Example::
 
@@ -181,7 +182,7 @@ def _checked_permutation(name: str, permutation: Any, features: int, device: tor
                 f"PermutedBlockDiagLinear: expected {name} to have values, as the parameters on {device}, but it is on "
                 "the meta device"
             )
-        # Values, and not a tensor of them, which torch.device("meta") as a context would take to where there are none.
+        # By their values: under torch.device("meta") a tensor of them would be made there, and lose them.
         values = permutation.tolist() if is_tensor else list(permutation)
         if sorted(values) == list(range(features)):
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -197,10 +198,10 @@ def _is_refused(features: Any) -> bool:
 
 
 def _permuted(features: Tensor, permutation: Tensor | None) -> Tensor:
-    """The last dimension in another order; not of what `linear` refuses, and says what to do with."""
+    """The last dimension in another order. What ``linear`` refuses is left to its error message."""
     if permutation is None or (not torch.jit.is_scripting() and _is_refused(features)):
         return features
-    # What torch.fx traces with is no Tensor, and has no sizes to compare.
+    # A proxy of torch.fx is no Tensor, and has no sizes to compare.
     if not torch.jit.is_scripting() and isinstance(features, Tensor) and features.shape[-1:] != permutation.shape:
         raise ValueError(
             f"PermutedBlockDiagLinear: expected the last dimension to be {len(permutation)}, but got the shape "

@@ -97,7 +97,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 
 def register_translation() -> None:
-    """Makes the translation known to :func:`torch.onnx.export`. Twice is as once."""
+    """Makes the translation known to :func:`torch.onnx.export`. Idempotent."""
     if _TRANSLATIONS in sys.modules:
         _register()
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
