@@ -2,7 +2,7 @@
 
 from blockdiag._load import extension
 from blockdiag.backends.tuning import preferred_cuda_gemm, tune, tune_from_environment
-from blockdiag.compression import factorize, lower_rank, replace_linear, split_attention
+from blockdiag.compression import BlockDiagonal, LowRank, Monarch, compress, split_attention
 from blockdiag.ensemble import stack_linears, stack_models
 from blockdiag.functional import linear
 from blockdiag.nn import BlockDiagLinear, LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
@@ -12,16 +12,17 @@ from blockdiag.registration.vmap import register_batching_rules
 
 __all__ = [
     "BlockDiagLinear",
+    "BlockDiagonal",
+    "LowRank",
     "LowRankConv",
     "LowRankLinear",
+    "Monarch",
     "MonarchLinear",
     "PermutedBlockDiagLinear",
     "build_info",
-    "factorize",
+    "compress",
     "linear",
-    "lower_rank",
     "preferred_cuda_gemm",
-    "replace_linear",
     "split_attention",
     "stack_linears",
     "stack_models",

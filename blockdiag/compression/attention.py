@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from blockdiag._surgery.duplicate import duplicate
-from blockdiag._surgery.optimizers import Heir
+from blockdiag._surgery.duplicate import duplicate_on_meta
+from blockdiag._surgery.optimizers import Successor
 from blockdiag._surgery.replacement import Replacement, fill
-from blockdiag.compression.convert import exchange
+from blockdiag.compression.exchange import exchange
 
 
 class SplitAttention(nn.Module):
@@ -188,9 +188,9 @@ def split_attention(
 
 
 def _split(names: list[str], old: Any) -> Replacement:
-    empty = SplitAttention(duplicate(old, hooks=False, meta=True))  # draws no random numbers
+    empty = SplitAttention(duplicate_on_meta(old))  # draws no random numbers
     new: Any = empty.to_empty(device=old.out_proj.weight.device).train(old.training)
-    heirs: dict[nn.Parameter, list[Heir]] = {}
+    successors: dict[nn.Parameter, list[Successor]] = {}
 
     def inherit(parameter: nn.Parameter, name: str, part: int | None = None) -> None:
         """The parameter of that name from the given one, or from a third of it."""
@@ -198,9 +198,9 @@ def _split(names: list[str], old: Any) -> Replacement:
         def gather(tensor: Tensor) -> Tensor:
             return tensor if part is None else tensor.chunk(3)[part]
 
-        heir = new.get_parameter(name).requires_grad_(parameter.requires_grad)
-        fill(heir, gather(parameter.detach()))
-        heirs.setdefault(parameter, []).append(Heir(name, heir, gather))
+        successor = new.get_parameter(name).requires_grad_(parameter.requires_grad)
+        fill(successor, gather(parameter.detach()))
+        successors.setdefault(parameter, []).append(Successor(successor, gather))
 
     for part, name in enumerate("qkv"):
         if old._qkv_same_embed_dim:
@@ -214,4 +214,4 @@ def _split(names: list[str], old: Any) -> Replacement:
     for name in ("bias_k", "bias_v"):
         if getattr(old, name) is not None:
             inherit(getattr(old, name), name)
-    return Replacement(names, old, new, heirs)
+    return Replacement(names, old, new, successors)

@@ -64,7 +64,7 @@ class LayerReport:
 
 
 @dataclass
-class ConversionReport:
+class CompressionReport:
     """All layers of a conversion. ``str(report)`` is a table, ``report.as_dict()`` is for JSON.
 
     ``skipped`` maps the names of layers that were left alone to the reason.

@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockdiag._surgery.optimizers import Heir
+from blockdiag._surgery.optimizers import Successor
 from blockdiag._surgery.replacement import Replacement, fill
-from blockdiag.compression.convert import exchange
+from blockdiag.compression.exchange import exchange
 
 
 def conv1d_to_linear(
@@ -46,10 +46,10 @@ def _as_linear(names: list[str], old: Any) -> Replacement:
     linear = nn.utils.skip_init(
         nn.Linear, in_features, out_features, device=old.weight.device, dtype=old.weight.dtype
     ).train(old.training)
-    heirs = {}
+    successors = {}
     for name, gather in (("weight", Tensor.t), ("bias", Tensor.detach)):
-        parameter, heir = getattr(old, name), getattr(linear, name)
-        fill(heir, gather(parameter.detach()))
-        heir.requires_grad_(parameter.requires_grad)
-        heirs[parameter] = [Heir(name, heir, gather)]
-    return Replacement(names, old, linear, heirs)
+        parameter, successor = getattr(old, name), getattr(linear, name)
+        fill(successor, gather(parameter.detach()))
+        successor.requires_grad_(parameter.requires_grad)
+        successors[parameter] = [Successor(successor, gather)]
+    return Replacement(names, old, linear, successors)

@@ -1,9 +1,9 @@
-"""What calibration inputs tell about a layer: the first two moments of its inputs, summed over all of them."""
+"""Runs a copy of the model on calibration inputs, and sums the moments of its layers' inputs."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,72 +17,12 @@ from blockdiag._surgery.duplicate import (
     run_forward,
     uncompiled,
 )
+from blockdiag.compression.numerics.moments import Moments, add_moments, exact
 from blockdiag.compression.progress import track
 
 # Batches for the model, or a function that runs the model on its inputs. A batch is a tensor, a tuple or list of
 # positional arguments, or a mapping of keyword arguments.
 Calibration = Iterable[Any] | Callable[[nn.Module], object]
-
-
-class Moments(NamedTuple):
-    """Of all rows ``x`` of a layer's inputs, by group of a convolution (a linear layer is one group), in double."""
-
-    num_rows: int
-    total: Tensor  # sum of x, (groups, K)
-    outer: Tensor  # sum of x x^H, (groups, K, K)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.num_rows
-
-    def second(self, centered: bool) -> Tensor:
-        """E[x x^H], or with `centered` the covariance: what is left to minimise where a bias takes care of the mean."""
-        second = self.outer / self.num_rows
-        return second - self.mean.unsqueeze(-1) * self.mean.conj().unsqueeze(-2) if centered else second
-
-
-def add_moments(moments: Sequence[Moments]) -> Moments:
-    """Those of all their rows together."""
-    num_rows, totals, outers = zip(*moments, strict=True)
-    return Moments(sum(num_rows), sum(totals), sum(outers))
-
-
-@contextmanager
-def all_or_none(group: Any, device: torch.device) -> Iterator[None]:
-    """Raises in every process of the group if one of them does, so that none waits for it."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    if group is not None:
-        failures = torch.tensor(failure is not None, dtype=torch.int64, device=device)
-        distributed.all_reduce(failures, group=group)
-        if failure is None and failures > 0:
-            raise ValueError(f"calibration failed in {int(failures)} other processes")
-    if failure is not None:
-        raise failure
-
-
-def no_moments(layer: Any) -> Moments:
-    """Those of a layer that has seen nothing yet."""
-    weight = exact(layer.weight)
-    groups = getattr(layer, "groups", 1)
-    features = weight[0].numel()
-    return Moments(0, weight.new_zeros(groups, features), weight.new_zeros(groups, features, features))
-
-
-def sum_over_processes(moments: Moments, group: Any) -> Moments:
-    """Those of all processes of the group together; each has to call it."""
-    num_rows = torch.tensor(moments.num_rows, device=moments.total.device)
-    for tensor in (num_rows, moments.total, moments.outer):
-        distributed.all_reduce(tensor, group=group)
-    return Moments(int(num_rows), moments.total, moments.outer)
-
-
-def exact(tensor: Tensor) -> Tensor:
-    """In double precision: projections are made once, and their errors should be the method's."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 def _patches(conv: Any, input: Tensor) -> Tensor:
@@ -136,7 +76,7 @@ def _copy_to_run(model: nn.Module) -> Any:
     for name, module in model.named_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if any(not computes_weight(hook) for hook in hooks):
-            warnings.warn(f"calibration does not call the forward hooks of '{name}' and others", stacklevel=6)
+            warnings.warn(f"calibration does not call the forward hooks of '{name}' and others", stacklevel=5)
             break
     try:
         return duplicate(model, hooks=False).eval()
@@ -177,3 +117,68 @@ def collect_moments(
         if name in moments and not moments[name].outer.isfinite().all():
             raise ValueError(f"calibration inputs of '{name}' have NaN or infinite values")
     return {name: m for name, m in moments.items() if m.num_rows > 0}, shapes
+
+
+def collect(
+    model: nn.Module,
+    wrapper: nn.Module,
+    layers: Mapping[str, nn.Module],
+    read: Set[nn.Module],
+    calibration: Calibration,
+    progress: bool,
+) -> tuple[dict[str, Moments], dict[str, tuple[int, ...]]]:
+    """Moments and shapes of the inputs of these layers by name; under DistributedDataParallel of all processes.
+
+    Raises:
+        ValueError: as :func:`collect_moments`, or if a layer is never called, except those whose weight is `read`.
+    """
+    group = wrapper.process_group if isinstance(wrapper, nn.parallel.DistributedDataParallel) else None
+    with _all_or_none(group, next(model.parameters()).device):
+        moments, shapes = collect_moments(model, list(layers), calibration, progress)
+    if group is not None:  # each process saw inputs of its own, or none
+        for name, layer in layers.items():
+            moments[name] = _sum_over_processes(moments.get(name, _no_moments(layer)), group)
+        moments = {name: m for name, m in moments.items() if m.num_rows > 0}
+    for name, layer in layers.items():
+        if name not in moments and layer not in read:
+            raise ValueError(f"the calibration inputs never reached '{name}': leave it out, or give inputs that do")
+        if name in moments and moments[name].num_rows < moments[name].total.shape[-1]:
+            warnings.warn(
+                f"'{name}' has {moments[name].total.shape[-1]} inputs, but was calibrated on only "
+                f"{moments[name].num_rows} rows: it will fit these better than others",
+                stacklevel=3,
+            )
+    return moments, {name: tuple(shape) for name, shape in shapes.items()}
+
+
+@contextmanager
+def _all_or_none(group: Any, device: torch.device) -> Iterator[None]:
+    """Raises in every process of the group if it raises in one of them, so that none waits for it."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if group is not None:
+        failures = torch.tensor(failure is not None, dtype=torch.int64, device=device)
+        distributed.all_reduce(failures, group=group)
+        if failure is None and failures > 0:
+            raise ValueError(f"calibration failed in {int(failures)} other processes")
+    if failure is not None:
+        raise failure
+
+
+def _no_moments(layer: Any) -> Moments:
+    """The moments of a layer that has seen nothing yet."""
+    weight = exact(layer.weight)
+    groups = getattr(layer, "groups", 1)
+    features = weight[0].numel()
+    return Moments(0, weight.new_zeros(groups, features), weight.new_zeros(groups, features, features))
+
+
+def _sum_over_processes(moments: Moments, group: Any) -> Moments:
+    """The moments of all processes of the group together; each has to call it."""
+    num_rows = torch.tensor(moments.num_rows, device=moments.total.device)
+    for tensor in (num_rows, moments.total, moments.outer):
+        distributed.all_reduce(tensor, group=group)
+    return Moments(int(num_rows), moments.total, moments.outer)
