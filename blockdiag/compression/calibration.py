@@ -26,7 +26,7 @@ Calibration = Iterable[Any] | Callable[[nn.Module], object]
 
 
 def _patches(conv: Any, input: Tensor) -> Tensor:
-    """What a convolution multiplies its weight with: (groups, positions, in_channels / groups * kernel elements)."""
+    """The rows that a convolution multiplies its weight with: (groups, positions, in_channels / groups * kernel)."""
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     patches = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode)
     for dim, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
@@ -37,7 +37,7 @@ def _patches(conv: Any, input: Tensor) -> Tensor:
 
 
 def _rows(layer: Any, input: Tensor) -> Iterator[Tensor]:
-    """The rows (groups, rows, K) that the layer multiplies its weight with, in portions of bounded memory."""
+    """The rows (groups, rows, K) that the layer multiplies its weight with, in chunks of bounded memory."""
     if hasattr(layer, "in_features"):
         yield from input.reshape(1, -1, layer.in_features).split(65536, dim=1)
         return

@@ -66,6 +66,14 @@ class Config(ABC):
     Attributes:
         takes: the layers that it compresses, by their exact class: dense ones, and compressed ones to compress further.
         makes: the classes of compressed layers that it returns.
+
+    Example::
+
+        >>> from blockdiag.compression import BlockDiagonal, Config, LowRank
+        >>> isinstance(LowRank(), Config), LowRank(rank=8) == LowRank(rank=8.0)
+        (True, True)
+        >>> {BlockDiagonal(4): "hashable"}[BlockDiagonal(num_blocks=4)]
+        'hashable'
     """
 
     takes: ClassVar[tuple[type[nn.Module], ...]]

@@ -1,4 +1,4 @@
-"""Hugging Face's models: what stands in the way of converting them."""
+"""Hugging Face's models: layers of their own as torch's, which can be compressed."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +17,7 @@ def conv1d_to_linear(
     """Replaces the ``Conv1D`` layers of GPT-2 and its relatives by :class:`torch.nn.Linear` that compute the same.
 
     Despite its name a ``Conv1D`` is a linear layer, whose weight is stored transposed. As ``nn.Linear`` it can be
-    converted by :func:`blockdiag.replace_linear` and :func:`blockdiag.factorize`.
+    compressed by :func:`blockdiag.compress`.
 
     Args:
         model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped anew: use what is returned.
@@ -29,10 +29,18 @@ def conv1d_to_linear(
 
     Raises:
         ValueError: there is no ``Conv1D`` in it, or one is on the meta device, not finite, or shares its parameters.
+
+    Example::
+
+        >>> from blockdiag.integrations.transformers import conv1d_to_linear
+        >>> from transformers import GPT2Config, GPT2Model  # doctest: +SKIP
+        >>> model = conv1d_to_linear(GPT2Model(GPT2Config(n_layer=1)))  # doctest: +SKIP
+        >>> model.h[0].mlp.c_fc  # doctest: +SKIP
+        Linear(in_features=768, out_features=3072, bias=True)
     """
     return exchange(
         model,
-        # Not by isinstance, which would need the library.
+        # By name: isinstance would need the library.
         lambda module: type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils",
         _as_linear,
         missing="conv1d_to_linear: expected a model with transformers' Conv1D inside",
