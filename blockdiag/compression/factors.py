@@ -32,7 +32,7 @@ class Factorized(Config):
         kind = type(self).__name__
         if self.rank is not None:
             rank = as_number(f"{kind}'s rank", self.rank)
-            if not (0 < rank < 1 or (rank >= 1 and rank == int(rank))):
+            if not (0 < rank < 1 or (rank >= 1 and rank % 1 == 0)):
                 raise ValueError(
                     f"{kind}: expected rank to be a positive integer or a fraction below 1, but got {self.rank}"
                 )

@@ -108,7 +108,7 @@ def select(model: nn.Module, rules: Sequence[Rule]) -> tuple[list[Selected], dic
             raise ValueError(f"the pattern {rule.chooses!r} matches no layer that could be converted{hint}")
     if not chosen:
         reasons = "".join(f"; '{n}': {reason}" for n, reason in skipped.items() if n not in compressed)
-        raise ValueError(f"nothing matches a layer that could be converted{hint}{reasons}")
+        raise ValueError(f"the choice of layers matches no layer that could be converted{hint}{reasons}")
     check_sharing(model, {layer: selected.name for selected in chosen for layer in selected.layers})
     return chosen, skipped
 
