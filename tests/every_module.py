@@ -27,13 +27,13 @@ def _stacked(**options: Any) -> nn.Module:
     return blockdiag.stack_models([model() for _ in range(3)])
 
 
-def _replaced(**options: Any) -> nn.Module:
-    """What conversions make of a model that is traced, scripted and exported as a whole."""
+def _compressed(**options: Any) -> nn.Module:
+    """A compressed model, to be traced, scripted and exported as a whole."""
     with torch.device("cpu"):  # a model without values is not converted
         model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
-        model, _ = blockdiag.replace_linear(model, "0", num_blocks=2, progress=False)
-        model, _ = blockdiag.factorize(model, "2", latent_features=2, min_features=1, progress=False)
-        model, _ = blockdiag.factorize(model, "4", method="monarch", min_features=1, progress=False)
+        low_rank, monarch = blockdiag.LowRank(rank=2, min_features=1), blockdiag.Monarch(min_features=1)
+        configs = {"0": blockdiag.BlockDiagonal(2), "2": low_rank, "4": monarch}
+        model, _ = blockdiag.compress(model, configs, progress=False)
     return model.to(**{"device": torch.get_default_device(), **options})
 
 
@@ -41,9 +41,9 @@ def _linear(batch: int) -> tuple[Tensor, ...]:
     return (torch.randn(batch, 12),)
 
 
-def _conv(kind: type, dims: int, **settings: Any) -> Case:
+def _conv(dims: int, **settings: Any) -> Case:
     return Case(
-        lambda **options: blockdiag.LowRankConv(kind(4, 6, 3, **settings, **options), 2),
+        lambda **options: blockdiag.LowRankConv(4, 6, (3,) * dims, 2, **settings, **options),
         lambda batch: (torch.randn(batch, 4, *[5] * dims),),
         takes_jagged=False,
     )
@@ -51,6 +51,9 @@ def _conv(kind: type, dims: int, **settings: Any) -> Case:
 
 CASES = {
     "BlockDiagLinear": Case(lambda **options: blockdiag.BlockDiagLinear(12, 8, 4, **options), _linear),
+    "BlockDiagLinear, without bias": Case(
+        lambda **options: blockdiag.BlockDiagLinear(12, 8, 4, bias=False, **options), _linear
+    ),
     "PermutedBlockDiagLinear": Case(
         lambda **options: blockdiag.PermutedBlockDiagLinear(12, 8, 4, _INPUT_ORDER, _OUTPUT_ORDER, **options), _linear
     ),
@@ -62,16 +65,16 @@ CASES = {
     ),
     "LowRankLinear": Case(lambda **options: blockdiag.LowRankLinear(12, 8, 3, **options), _linear),
     "MonarchLinear": Case(lambda **options: blockdiag.MonarchLinear(12, 8, (3, 4), 2, **options), _linear),
-    "LowRankConv, 1d": _conv(nn.Conv1d, 1, padding=1, padding_mode="circular"),
-    "LowRankConv, 2d": _conv(nn.Conv2d, 2, groups=2, bias=False),
-    "LowRankConv, 3d": _conv(nn.Conv3d, 3, stride=2),
+    "LowRankConv, 1d": _conv(1, padding=1, padding_mode="circular"),
+    "LowRankConv, 2d": _conv(2, groups=2, bias=False),
+    "LowRankConv, 3d": _conv(3, stride=2),
     "StackedModel": Case(_stacked, lambda batch: (torch.randn(batch, 3, 4),), takes_jagged=False),
     "SplitAttention": Case(
         lambda **options: SplitAttention(nn.MultiheadAttention(12, 3, batch_first=True, add_bias_kv=True, **options)),
         lambda batch: tuple(torch.randn(batch, 5, 12) for _ in range(3)),
         takes_jagged=False,
     ),
-    "a converted model": Case(_replaced, _linear),
+    "a compressed model": Case(_compressed, _linear),
 }
 
 

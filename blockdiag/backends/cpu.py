@@ -2,6 +2,8 @@
 
 from blockdiag._load import extension
 
+__all__ = ["preferred_blas_library"]
+
 
 def preferred_blas_library(name: str | None = None) -> str:
     """Sets, if a name is given, which library is asked first on CPUs in this process, and returns it.
@@ -21,6 +23,7 @@ def preferred_blas_library(name: str | None = None) -> str:
 
     Example::
 
+        >>> import blockdiag
         >>> before = blockdiag.backends.cpu.preferred_blas_library()
         >>> blockdiag.backends.cpu.preferred_blas_library("aten")
         'aten'

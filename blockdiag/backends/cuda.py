@@ -2,12 +2,15 @@
 
 from blockdiag._load import extension
 
+__all__ = ["is_built", "preferred_blas_library"]
+
 
 def is_built() -> bool:
     """Whether blockdiag was built with CUDA, which says nothing of a GPU.
 
     Example::
 
+        >>> import blockdiag
         >>> blockdiag.backends.cuda.is_built() == (blockdiag.build_info()["cuda"] != "none")
         True
     """
@@ -31,8 +34,11 @@ def preferred_blas_library(name: str | None = None) -> str:
 
     Example::
 
+        >>> import blockdiag
         >>> if blockdiag.backends.cuda.is_built():
-        ...     before = blockdiag.backends.cuda.preferred_blas_library("cublaslt")
+        ...     before = blockdiag.backends.cuda.preferred_blas_library()
+        ...     assert blockdiag.backends.cuda.preferred_blas_library("cublaslt") == "cublaslt"
+        ...     before = blockdiag.backends.cuda.preferred_blas_library(before)
     """
     if not is_built():
         raise RuntimeError(

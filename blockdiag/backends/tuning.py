@@ -48,6 +48,13 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
+
+    Example::
+
+        >>> import torch, blockdiag
+        >>> model, batch = blockdiag.BlockDiagLinear(256, 128, num_blocks=4), torch.randn(32, 256)
+        >>> with blockdiag.backends.tune("tuning.json"):
+        ...     output = model(batch)
     """
     with _tuning(path, measure):
         yield

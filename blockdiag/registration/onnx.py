@@ -12,6 +12,8 @@ import torch
 
 from blockdiag.registration.layout import feature_dims
 
+__all__ = ["translation_table"]
+
 _TORCHLIB = "torch.onnx._internal.exporter._torchlib"  # what torch.onnx.export can translate
 _TRANSLATIONS = f"{_TORCHLIB}.ops"  # imported, for what registers itself there, when they are first asked for
 
@@ -27,13 +29,15 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Example::
 
-        >>> torch.onnx.export(
-        ...     model,
-        ...     (x,),
+        >>> import torch, blockdiag
+        >>> program = torch.onnx.export(
+        ...     blockdiag.BlockDiagLinear(8, 4, num_blocks=2),
+        ...     (torch.randn(3, 8),),
         ...     "model.onnx",
         ...     dynamo=True,
         ...     dynamic_shapes=({0: "batch"},),
         ...     custom_translation_table=blockdiag.registration.onnx.translation_table(),
+        ...     verbose=False,
         ... )
     """
     try:
