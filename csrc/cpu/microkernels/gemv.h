@@ -99,32 +99,10 @@ void gemv(const FewRows<T>& part) {
           }
         }
       };
-      switch (std::min<int64_t>(part.depth - p0, kStreams)) {
-        case 1:
-          add(std::integral_constant<int, 1>());
-          break;
-        case 2:
-          add(std::integral_constant<int, 2>());
-          break;
-        case 3:
-          add(std::integral_constant<int, 3>());
-          break;
-        case 4:
-          add(std::integral_constant<int, 4>());
-          break;
-        case 5:
-          add(std::integral_constant<int, 5>());
-          break;
-        case 6:
-          add(std::integral_constant<int, 6>());
-          break;
-        case 7:
-          add(std::integral_constant<int, 7>());
-          break;
-        default:
-          add(std::integral_constant<int, kStreams>());
-          break;
-      }
+      const int64_t count = std::min<int64_t>(part.depth - p0, kStreams);
+      [&]<int... kLess>(std::integer_sequence<int, kLess...>) {
+        ((count == kLess + 1 ? add(std::integral_constant<int, kLess + 1>()) : void()), ...);
+      }(std::make_integer_sequence<int, kStreams>());
     }
   }
 }
