@@ -67,7 +67,7 @@ def test_convolution_computes_with_its_weight(conv):
         if conv.bias is not None:
             composed.bias.copy_(low_rank.bias)
     torch.testing.assert_close(low_rank(x), composed(x))
-    again = LowRankConv(low_rank, rank=1)  # sizes and options from a factorised one
+    again = LowRankConv(low_rank, rank=1)  # sizes and options from a factorized one
     assert again(x).shape == conv(x).shape
     assert again.down.padding_mode == conv.padding_mode
 
