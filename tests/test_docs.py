@@ -12,7 +12,7 @@ DOCUMENTS = [
         "README.md",
         "CONTRIBUTING.md",
         "docs/compatibility.md",
-        "docs/conversion.md",
+        "docs/compression.md",
         "benchmarks/results/README.md",
     )
 ]
