@@ -10,7 +10,7 @@ PIP := $(IN_VENV) -m pip --disable-pip-version-check install -qq
 CMAKE_BUILD := build/cmake
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo deploy convert test test-python test-cpp lint format report clean always
+.PHONY: demo deploy convert test test-python test-cpp lint format docs report clean always
 
 demo: $(VENV)/with-demo
 	$(BIN)/python examples/packed_ensemble_digits.py
@@ -46,6 +46,10 @@ format: $(VENV)/with-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.cu' '*.h')
+
+docs: $(VENV)/with-docs
+	$(BIN)/sphinx-build -E -q -W --keep-going docs build/docs
+	@echo "The site is in build/docs: open build/docs/index.html."
 
 report: $(VENV)/built
 	$(BIN)/python -m blockdiag
