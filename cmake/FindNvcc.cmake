@@ -1,5 +1,5 @@
-# Finds nvcc: Nvcc_EXECUTABLE, inside its toolkit. An nvcc on the PATH may be a wrapper script elsewhere, which CMake would
-# take for the toolkit's own: so it is asked, as setup.py asks it.
+# Finds nvcc: Nvcc_EXECUTABLE, inside its toolkit. An nvcc on the PATH may be a wrapper script elsewhere, and CMake
+# would look for the toolkit there. So ask nvcc itself, as setup.py does.
 find_program(Nvcc_FOUND_AS nvcc HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin)
 if(Nvcc_FOUND_AS)
   execute_process(
