@@ -29,9 +29,10 @@ html_css_files = ["wide.css"]
 html_math_renderer = "mathml"
 html_title = f"blockdiag {version}"
 
-# CI has no network, so that intersphinx could not look up the names of other projects: they stay without a link.
+# All references to public names must resolve. Those to other projects are not looked up, as CI has no network for
+# intersphinx, nor those to private modules, which stand in type hints.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!blockdiag\b).*")]
+nitpick_ignore_regex = [(r"py:.*", r"(?!blockdiag(\.[a-z]+)?\.\w+$).*")]
 
 # What several packages export is documented on the page of the first of them, and the others link to it.
 PACKAGES = ("blockdiag", "blockdiag.nn", "blockdiag.compression", "blockdiag.ensemble", "blockdiag.backends")
@@ -46,10 +47,11 @@ def public_name(target: Any) -> str | None:
     return None
 
 
-def skip_if_elsewhere(app: Any, what: str, name: str, target: Any, skip: bool, options: Any) -> bool | None:
+def skip_member(app: Any, what: str, name: str, target: Any, skip: bool, options: Any) -> bool | None:
+    if type(target).__name__ == "_tuplegetter":  # a field of a NamedTuple: "Alias for field number 0"
+        return True
     public = public_name(target) if what == "module" else None
-    page = public and f"api/{public.split('.')[-2]}"
-    return True if page and page != app.env.current_document.docname else None
+    return True if public and f"api/{public.split('.')[-2]}" != app.env.docname else None
 
 
 def link_to_elsewhere(app: Any, what: str, name: str, target: Any, options: Any, lines: list[str]) -> None:
@@ -71,14 +73,14 @@ def resolve_short_name(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 
 
 def visit_math(translator: Any, node: Any) -> None:
-    """Math as MathML, which browsers draw by themselves: MathJax would be fetched by every reader."""
+    """Math as MathML, which browsers draw by themselves. MathJax would have to be fetched by every reader."""
     text = re.sub(r"\\text\{[^}]*\}", lambda match: match[0].replace(r"\_", "_"), node.astext())  # docutils keeps \\_
-    translator.body.append(tex2mathml(text, as_block=isinstance(node, math_block)))
+    translator.body.append(f"<p>{tex2mathml(text)}</p>" if isinstance(node, math_block) else tex2mathml(text))
     raise SkipNode
 
 
 def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
-    app.connect("autodoc-skip-member", skip_if_elsewhere)
+    app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", link_to_elsewhere)
     app.connect("missing-reference", resolve_short_name)
