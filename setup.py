@@ -15,7 +15,6 @@ import importlib.util
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -56,29 +55,16 @@ class NothingToCompile(build_ext):
         sys.exit(without_torch() if TORCH is None else "Build the sdist and the wheel by two calls of setup.py.")
 
 
-def find_toolkit():
-    """The folder of the CUDA toolkit that nvcc belongs to, or None.
-
-    nvcc on the PATH may be a wrapper script outside its toolkit, and torch would guess a wrong folder. So ask nvcc.
-    """
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
-    if nvcc is None or not os.access(nvcc, os.X_OK):
-        return None
-    dryrun = subprocess.run([nvcc, "--dryrun", "unused.cu"], capture_output=True, text=True, check=False)
-    top = re.search(r"^#\$ TOP=(.*)$", dryrun.stdout + dryrun.stderr, re.MULTILINE)
-    return os.path.realpath(top[1]) if top else home
-
-
-TOOLKIT = find_toolkit()
-
-
 def says(*command):
     """The version that a program prints."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
     except OSError:
         return ""
+
+
+# The folder of the CUDA toolkit that nvcc belongs to, or None.
+TOOLKIT = says(str(ROOT / "scripts" / "cuda_toolkit.sh")).strip() or None
 
 
 def fingerprint():
@@ -167,8 +153,7 @@ def make_extension(with_cuda, why):
     def find(pattern):
         return {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern)}
 
-    unavailable = {"csrc/cuda/unavailable.cpp"}
-    sources = find("**/*.cpp") - (unavailable if with_cuda else find("cuda/*.cpp") - unavailable)
+    sources = find("**/*.cpp") - (set() if with_cuda else find("**/cuda/**/*.cpp"))
     # No code reads the fingerprint. It is on the command line, and an object whose command line changed is recompiled.
     macros = [("BLOCKDIAG_VERSION", f'"{VERSION}"'), ("BLOCKDIAG_FINGERPRINT", fingerprint())]
     # Warnings are for our code only. torch's flags name its headers with -I; -isystem makes them system headers.
@@ -177,7 +162,7 @@ def make_extension(with_cuda, why):
         flags += ["-isystem", path]
     # Without OpenMP at::parallel_for would run serially. Do not link its runtime: torch loads one.
     compile_args = {"cxx": [*flags, "-g0", "-fopenmp", "-Wall", "-Wextra"]}
-    arguments = {"define_macros": macros, "extra_compile_args": compile_args}
+    arguments = {"define_macros": macros, "extra_compile_args": compile_args, "include_dirs": [str(ROOT / "csrc")]}
     if not with_cuda:
         return CppExtension("blockdiag._C", sorted(sources), **arguments)
 

@@ -1,15 +1,11 @@
-# Finds nvcc: Nvcc_EXECUTABLE, inside its toolkit. An nvcc on the PATH may be a wrapper script elsewhere, and CMake
-# would look for the toolkit there. So ask nvcc itself, as setup.py does.
-find_program(Nvcc_FOUND_AS nvcc HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin)
-if(Nvcc_FOUND_AS)
-  execute_process(
-    COMMAND ${Nvcc_FOUND_AS} --dryrun unused.cu OUTPUT_VARIABLE dryrun ERROR_VARIABLE dryrun
-  )
-  if(dryrun MATCHES "#\\$ TOP=([^\n]*)")
-    get_filename_component(Nvcc_EXECUTABLE ${CMAKE_MATCH_1}/bin/nvcc REALPATH)
-  else()
-    set(Nvcc_EXECUTABLE ${Nvcc_FOUND_AS})
-  endif()
+# Finds nvcc: Nvcc_EXECUTABLE, inside its toolkit. CMake would look for the toolkit beside a wrapper script, so ask the
+# script that setup.py uses.
+execute_process(
+  COMMAND ${CMAKE_CURRENT_LIST_DIR}/../scripts/cuda_toolkit.sh
+  OUTPUT_VARIABLE Nvcc_TOOLKIT OUTPUT_STRIP_TRAILING_WHITESPACE
+)
+if(Nvcc_TOOLKIT)
+  set(Nvcc_EXECUTABLE ${Nvcc_TOOLKIT}/bin/nvcc)
 endif()
 
 include(FindPackageHandleStandardArgs)

@@ -1,10 +1,11 @@
-#include "blockdiag.h"
-#include "cpu/gemm.h"
+#include "include/blockdiag.h"
+
+#include "cpu/backend.h"
 
 #include <torch/version.h>
 
 #ifdef BLOCKDIAG_CUDA
-#include "cuda/gemm.h"
+#include "cuda/backend.h"
 
 #include <cuda.h>
 #endif
@@ -22,11 +23,12 @@ std::map<std::string, std::string> build_info() {
       {"version", BLOCKDIAG_VERSION},
       {"torch", built_for.substr(built_for.rfind(' ') + 1)},
       {"compiler", __VERSION__},
-      {"cpu_gemm", cpu::gemm_library()},
+      {"cpu_gemm", cpu::backend().preferred()},
+      {"cpu_gemms", cpu::backend().names()},
   };
 #ifdef BLOCKDIAG_CUDA
-  info["cuda_gemm"] = cuda::preferred_gemm();
-  info["cublaslt"] = cuda::lt_calls();
+  info["cuda_gemm"] = cuda::backend().preferred();
+  info["cublaslt"] = cuda::cublaslt_calls();
   info["cublas"] = cuda::cublas_versions();
   info["cuda"] = std::to_string(CUDA_VERSION / 1000) + "." + std::to_string(CUDA_VERSION % 1000 / 10);
 #else

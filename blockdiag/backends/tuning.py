@@ -35,9 +35,9 @@ def preferred_cuda_gemm(name: str | None = None) -> str:
         ValueError: there is no such library.
         RuntimeError: blockdiag was built without CUDA.
     """
-    if not hasattr(extension, "preferred_cuda_gemm"):
+    if not hasattr(extension, "preferred_cuda_library"):
         raise RuntimeError("blockdiag.preferred_cuda_gemm: expected a build of blockdiag with CUDA, but this has none")
-    return extension.preferred_cuda_gemm(name)
+    return extension.preferred_cuda_library(name)
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def _tuning(path: str | os.PathLike[str] | None, measure: bool, compare_devices:
     file = None if path is None else Path(path).resolve()
     if file is not None and not file.parent.is_dir():
         raise FileNotFoundError(f"blockdiag.tune: expected a file in an existing folder, but got {file}")
-    if not hasattr(extension, "preferred_cuda_gemm"):
+    if not hasattr(extension, "preferred_cuda_library"):
         warnings.warn(
             "blockdiag.tune: there is nothing to tune, as blockdiag was built without CUDA, and CPUs need no tuning",
             stacklevel=5,

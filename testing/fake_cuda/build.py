@@ -53,13 +53,8 @@ def _folder(package: str) -> Path:
 
 def _include_folders() -> list[Path]:
     """Of the toolkit that nvcc belongs to, and of NVIDIA's packages."""
-    folders = []
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        dryrun = subprocess.run([nvcc, "--dryrun", "unused.cu"], capture_output=True, text=True, check=False)
-        top = re.search(r"^#\$ TOP=(.*)$", dryrun.stdout + dryrun.stderr, re.MULTILINE)
-        if top:
-            folders.append(Path(top[1]) / "include")
+    toolkit = subprocess.run([ROOT / "scripts" / "cuda_toolkit.sh"], capture_output=True, text=True, check=False)
+    folders = [Path(toolkit.stdout.strip()) / "include"] if toolkit.returncode == 0 else []
     if importlib.util.find_spec("nvidia"):
         folders += sorted(_folder("nvidia").glob("cu[0-9]*/include"))
     return [folder for folder in folders if folder.is_dir()]

@@ -15,9 +15,7 @@ namespace {
 /// The type of `size` bytes that one instruction moves: of a struct, the compiler moves the parts.
 template <size_t size>
 using Word = std::conditional_t<
-    size == 16,
-    uint4,
-    std::conditional_t<size == 8, uint2, std::conditional_t<size == 4, uint32_t, uint16_t>>>;
+    size == 16, uint4, std::conditional_t<size == 8, uint2, std::conditional_t<size == 4, uint32_t, uint16_t>>>;
 
 /// `*from`, or zeros if not `valid`.
 template <typename V>
@@ -67,7 +65,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 #else
-  __trap(); // not reached: run_small_blocks asks the device first
+  __trap(); // not reached: small_blocks_take asks the device first
 #endif
 }
 

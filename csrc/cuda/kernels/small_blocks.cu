@@ -9,7 +9,7 @@
 // that a thread's results are neighbors too.
 //
 // Pairs of elements share a register, the first in its lower half. Elements outside of a matrix are zeros, never read.
-#include "../small_blocks.h"
+#include "small_blocks.h"
 
 #include "small_blocks_rows.h"
 #include "small_blocks_sum.h"
@@ -86,10 +86,15 @@ void run_sum(Problem p, int64_t processors) {
   }
 }
 
+/// An activation times a weight; if not, a sum over the batch.
+bool is_rows(const Gemm& gemm) {
+  return !gemm.b.transpose;
+}
+
 template <typename T>
-bool run(const Problem& p, int64_t processors) {
+void run(const Problem& p, int64_t processors) {
   const auto& [m, n, k, batch, a, b, c] = p.gemm;
-  if (!b.transpose && m <= kMaxSize && k <= kMaxSize && p.bias_grad == nullptr) {
+  if (is_rows(p.gemm)) {
     with_width(k, [&](auto width_k) {
       with_width(m, [&](auto width_m) {
         constexpr int kK = width_k, kM = width_m, kSquare = std::max(kK, kM);
@@ -101,9 +106,7 @@ bool run(const Problem& p, int64_t processors) {
         }
       });
     });
-    return true;
-  }
-  if (!a.transpose && b.transpose && m <= kMaxSize && n <= kMaxSize && p.bias == nullptr) {
+  } else {
     with_width(std::min<int64_t>(m, 32), [&](auto width_m) {
       with_width(std::min<int64_t>(n, 32), [&](auto width_n) {
         constexpr int kI = std::min<int>(width_m, 32) / 8, kJ = std::min<int>(width_n, 32) / 8;
@@ -114,9 +117,7 @@ bool run(const Problem& p, int64_t processors) {
         }
       });
     });
-    return true;
   }
-  return false;
 }
 
 } // namespace
@@ -126,28 +127,27 @@ std::atomic<int64_t>& small_blocks_split_rows() {
   return rows;
 }
 
-bool run_small_blocks(
-    const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, const void* bias, void* c, void* bias_grad
-) {
-  const auto& device = *at::cuda::getCurrentDeviceProperties();
-  if (device.major < 8 || gemm.batch > kMaxBatch || gemm.c.transpose) {
+bool small_blocks_take(const GemmProblem& problem) {
+  const auto& [gemm, dtype, epilogue] = problem;
+  if (!is_half(dtype) || epilogue.accumulate || gemm.batch > kMaxBatch || gemm.c.transpose ||
+      at::cuda::getCurrentDeviceProperties()->major < 8) {
     return false;
   }
+  return is_rows(gemm) ? gemm.m <= kMaxSize && gemm.k <= kMaxSize && !epilogue.bias_grad
+                       : !gemm.a.transpose && gemm.m <= kMaxSize && gemm.n <= kMaxSize && !epilogue.bias;
+}
+
+bool run_small_blocks(const GemmProblem& problem, const Operands& operands) {
   Problem p{};
-  p.gemm = gemm;
-  p.a = static_cast<const uint16_t*>(a);
-  p.b = static_cast<const uint16_t*>(b);
-  p.bias = static_cast<const uint16_t*>(bias);
-  p.c = static_cast<uint16_t*>(c);
-  p.bias_grad = static_cast<uint16_t*>(bias_grad);
-  switch (dtype) {
-    case c10::kHalf:
-      return run<c10::Half>(p, device.multiProcessorCount);
-    case c10::kBFloat16:
-      return run<c10::BFloat16>(p, device.multiProcessorCount);
-    default:
-      return false;
-  }
+  p.gemm = problem.gemm;
+  p.a = static_cast<const uint16_t*>(operands.a);
+  p.b = static_cast<const uint16_t*>(operands.b);
+  p.bias = static_cast<const uint16_t*>(operands.bias);
+  p.c = static_cast<uint16_t*>(operands.c);
+  p.bias_grad = static_cast<uint16_t*>(operands.bias_grad);
+  const int64_t processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  problem.dtype == DType::kFloat16 ? run<c10::Half>(p, processors) : run<c10::BFloat16>(p, processors);
+  return true;
 }
 
 } // namespace blockdiag::cuda

@@ -1,7 +1,7 @@
 // How the kernels for small blocks read and write rows of elements.
 #pragma once
 
-#include "../../gemm.h"
+#include "problem/gemm.h"
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -23,6 +23,7 @@ struct alignas(sizeof(E) * N) Vector {
   E at[N];
 };
 
+/// What a kernel is given.
 struct Problem {
   Gemm gemm;
   const uint16_t *a, *b, *bias;

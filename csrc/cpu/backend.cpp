@@ -1,0 +1,110 @@
+#include "backend.h"
+
+#include "kernels.h"
+
+#include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
+
+namespace blockdiag::cpu {
+namespace {
+
+#ifdef BLOCKDIAG_CPU_KERNELS
+
+template <const Kernels& kernels>
+bool kernels_take(const GemmProblem& problem) {
+  if (problem.epilogue.accumulate || problem.epilogue.bias_grad) {
+    return false;
+  }
+  switch (problem.dtype) {
+    case DType::kFloat32:
+      return kernels.float32 != nullptr;
+    case DType::kBFloat16:
+      return kernels.bfloat16 != nullptr;
+    case DType::kFloat16:
+      return kernels.float16 != nullptr;
+    default:
+      return false;
+  }
+}
+
+template <const Kernels& kernels>
+bool run_kernels(const GemmProblem& problem, const Operands& operands) {
+  const auto run = [&]<typename T>(Kernel<T> kernel) {
+    kernel(
+        problem.gemm, static_cast<const T*>(operands.a), static_cast<const T*>(operands.b), static_cast<T*>(operands.c),
+        static_cast<const T*>(operands.bias)
+    );
+  };
+  switch (problem.dtype) {
+    case DType::kFloat32:
+      run(kernels.float32);
+      break;
+    case DType::kBFloat16:
+      run(kernels.bfloat16);
+      break;
+    default:
+      run(kernels.float16);
+  }
+  return true;
+}
+
+template <const Kernels& kernels>
+Provider provider_of(const char* name) {
+  return {name, kernels_take<kernels>, run_kernels<kernels>};
+}
+
+bool has(const char* feature) {
+  static const auto features = at::cpu::get_cpu_capabilities();
+  const auto found = features.find(feature);
+  return found != features.end() && found->second.isBool() && found->second.toBool();
+}
+
+/// Half types that torch multiplies by instructions that our kernels do not use, in blocks so large that its GEMM earns the
+/// calls and copies that it costs.
+bool native_half_takes(const GemmProblem& problem) {
+  static const bool bfloat16 = has("amx_bf16"), float16 = has("avx512_fp16") || has("amx_fp16");
+  const auto& gemm = problem.gemm;
+  return gemm.m * gemm.n * gemm.k >= int64_t{1} << 21 && aten_takes(problem) &&
+         ((problem.dtype == DType::kBFloat16 && bfloat16) || (problem.dtype == DType::kFloat16 && float16));
+}
+
+/// The instruction sets that this CPU has, the widest first. ATEN_CPU_CAPABILITY limits them, as it limits torch's kernels.
+void add_kernels(std::vector<Provider>& providers) {
+  const auto capability = at::get_cpu_capability();
+  if (!has("f16c") || (capability != "AVX2" && capability != "AVX512")) {
+    return;
+  }
+  if (has("amx_bf16") || has("avx512_fp16") || has("amx_fp16")) {
+    providers.push_back({"native_half", native_half_takes, aten_run});
+  }
+  if (capability == "AVX512") {
+    if (has("avx512_bf16")) {
+      providers.push_back(provider_of<avx512_bf16_kernels>("avx512_bf16"));
+    }
+    providers.push_back(provider_of<avx512_kernels>("avx512"));
+  }
+  providers.push_back(provider_of<avx2_kernels>("avx2"));
+}
+
+#endif
+
+std::vector<Provider> all_providers() {
+  std::vector<Provider> providers;
+#ifdef BLOCKDIAG_CPU_KERNELS
+  add_kernels(providers);
+#endif
+  if (mkl_is_available()) {
+    providers.push_back({"mkl", mkl_takes, mkl_run});
+  }
+  providers.push_back({"aten", aten_takes, aten_run});
+  return providers;
+}
+
+} // namespace
+
+Providers& backend() {
+  static Providers providers(all_providers(), "BLOCKDIAG_CPU_GEMM", /*preferred=*/nullptr, " on this CPU");
+  return providers;
+}
+
+} // namespace blockdiag::cpu

@@ -1,0 +1,206 @@
+// Products of matrices of more than a few rows, a panel of two vectors of columns at a time.
+//
+// The innermost loop is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): the sums
+// stay in registers, a panel of the right operand stays in the L1 cache, and the left operand streams past. A library copies
+// both operands into the order in which this loop reads them, which pays for large matrices. Blocks of a block-diagonal layer
+// are small: here the left operand is read where it lies if it can be, and the right one if it is read few times.
+#pragma once
+
+#include "pack.h"
+
+namespace blockdiag::cpu {
+namespace {
+
+/// A few rows of one panel of the result: out(i, j) = added(i, j) + sum over p < depth of left(i, p) * right(p, j), where
+/// left and right hold packed elements.
+template <typename Out>
+struct Strip {
+  const char* left;          // (i, p) at i * left_row_stride + p * left_depth_stride, in bytes
+  int64_t left_row_stride;   // sizeof(float) if transposed
+  int64_t left_depth_stride; // sizeof(float) if not
+  const float* right;        // (p, j) at p * right_ld + j
+  int64_t right_ld;
+  int64_t depth;
+  const float* added; // (i, j) at i * added_ld + j; nothing if null
+  int64_t added_ld;
+  Out* out; // (i, j) at i * out_ld + j
+  int64_t out_ld;
+  int last_cols; // in the last vector of each row
+};
+
+inline Vector broadcast_packed(const char* data) {
+  float packed;
+  std::memcpy(&packed, data, sizeof(packed)); // pairs of half types need not be aligned as floats are
+  return Vector::broadcast(packed);
+}
+
+template <typename T, typename Out, int kRows, int kVectors, bool kLeftTransposed>
+void gemm_strip(const Strip<Out>& strip) {
+  Vector sums[kRows][kVectors];
+  const auto lanes = [&](int v) { return v + 1 < kVectors ? Vector::kLanes : strip.last_cols; };
+#pragma GCC unroll 16
+  for (auto& row : sums) {
+#pragma GCC unroll 2
+    for (auto& sum : row) {
+      sum = Vector::zero();
+    }
+  }
+  const char* left = strip.left;
+  const float* right = strip.right;
+  const int64_t row_stride = kLeftTransposed ? sizeof(float) : strip.left_row_stride;
+  const int64_t depth_stride = kLeftTransposed ? strip.left_depth_stride : sizeof(float);
+  for (int64_t p = 0; p < strip.depth; ++p) {
+    Vector row[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      row[v] = Vector::load(right + v * Vector::kLanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const auto factor = broadcast_packed(left + i * row_stride);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        sums[i][v] = Element<T>::plus_product(sums[i][v], factor, row[v]);
+      }
+    }
+    left += depth_stride;
+    right += strip.right_ld;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      // Not where the sum starts: over a long depth, sums of sums lose less than one long chain.
+      if (strip.added != nullptr) {
+        sums[i][v] = sums[i][v] + load_partial(strip.added + i * strip.added_ld + v * Vector::kLanes, lanes(v));
+      }
+      store_partial(sums[i][v], strip.out + i * strip.out_ld + v * Vector::kLanes, lanes(v));
+    }
+  }
+}
+
+/// gemm_strip for each number of rows, from 1.
+template <typename T, typename Out, int kVectors, bool kLeftTransposed, int... kRow>
+constexpr auto strip_functions(std::integer_sequence<int, kRow...> /*rows*/) {
+  return std::array{&gemm_strip<T, Out, kRow + 1, kVectors, kLeftTransposed>...};
+}
+
+/// Computes `rows` rows of a panel, shared out evenly among as few strips as there can be.
+template <typename T, typename Out, int kVectors, bool kLeftTransposed>
+void gemm_strips(Strip<Out> strip, int64_t rows) {
+  static constexpr auto kFunctions =
+      strip_functions<T, Out, kVectors, kLeftTransposed>(std::make_integer_sequence<int, kStripRows>());
+  for (int64_t strips = (rows + kStripRows - 1) / kStripRows; strips > 0; --strips) {
+    const int64_t count = (rows + strips - 1) / strips;
+    kFunctions[static_cast<size_t>(count - 1)](strip);
+    strip.left += count * strip.left_row_stride;
+    strip.added += strip.added == nullptr ? 0 : count * strip.added_ld;
+    strip.out += count * strip.out_ld;
+    rows -= count;
+  }
+}
+
+template <typename T, typename Out>
+void gemm_panel(const Strip<Out>& strip, int64_t rows, int64_t cols, bool left_transposed) {
+  if (cols <= Vector::kLanes) {
+    left_transposed ? gemm_strips<T, Out, 1, true>(strip, rows) : gemm_strips<T, Out, 1, false>(strip, rows);
+  } else {
+    left_transposed ? gemm_strips<T, Out, 2, true>(strip, rows) : gemm_strips<T, Out, 2, false>(strip, rows);
+  }
+}
+
+/// One tile of one block: left (b) is rows x depth, right (a) is depth x cols.
+template <typename T>
+void gemm_tile(const Gemm& gemm, const T* left, const T* right, const T* bias, T* out, int64_t rows, int64_t cols) {
+  constexpr int kDepth = Element<T>::kDepth;
+  constexpr bool kHalf = !std::is_same_v<T, float>;
+  // Transposed, the left operand is read across its rows: a copy pays if that happens many times.
+  const bool in_place =
+      Element<T>::kReadInPlace && (gemm.b.transpose ? kDepth == 1 && gemm.m < kTile : gemm.k % kDepth == 0);
+  // What a half type cannot hold between two panels along the depth.
+  const bool sum_apart = kHalf && gemm.k > kPanelDepth * kDepth;
+
+  alignas(64) float panel[kPanelDepth * kPanelCols];
+  alignas(64) float bias_panel[kPanelCols];
+  const size_t left_size = in_place ? 0 : rows * std::min(gemm.k, kPanelDepth);
+  const size_t sums_size = sum_apart ? rows * cols : 0;
+  c10::DataPtr scratch;
+  if (left_size + sums_size > 0) {
+    scratch = c10::GetCPUAllocator()->allocate((left_size + sums_size) * sizeof(float));
+  }
+  auto* const packed_left = static_cast<float*>(scratch.get());
+  float* const sums = packed_left + left_size;
+
+  for (int64_t p0 = 0; p0 < gemm.k; p0 += kPanelDepth * kDepth) {
+    const int64_t depth = std::min(kPanelDepth * kDepth, gemm.k - p0);
+    const T* const left_part = left + (gemm.b.transpose ? p0 * gemm.b.ld : p0);
+    const auto* left_data = reinterpret_cast<const char*>(left_part);
+    int64_t left_stride = gemm.b.ld * static_cast<int64_t>(sizeof(T));
+    if (!in_place) {
+      left_stride = pack_left(left_part, gemm.b.ld, gemm.b.transpose, rows, depth, packed_left) * sizeof(float);
+      left_data = reinterpret_cast<const char*>(packed_left);
+    }
+    for (int64_t j = 0; j < cols; j += kPanelCols) {
+      const int64_t width = std::min<int64_t>(cols - j, kPanelCols);
+      const T* const right_part = right + (gemm.a.transpose ? j * gemm.a.ld + p0 : p0 * gemm.a.ld + j);
+      const float* right_data = panel;
+      int64_t right_ld = kPanelCols;
+      if constexpr (!kHalf) {
+        // In place, if that reads full vectors, and is done a few times only or does not reach far.
+        if (!gemm.a.transpose && width % Vector::kLanes == 0 && (rows <= kInPlaceRows || gemm.a.ld <= kInPlaceLd)) {
+          right_data = right_part;
+          right_ld = gemm.a.ld;
+        }
+      }
+      if (right_data == panel) {
+        pack_right(right_part, gemm.a.ld, gemm.a.transpose, depth, width, panel);
+      }
+      const auto compute = [&]<typename Out>(Out* to, int64_t to_ld) {
+        const float* added = nullptr;
+        int64_t added_ld = 0;
+        if (p0 > 0) {
+          if constexpr (std::is_same_v<Out, float>) {
+            added = to;
+            added_ld = to_ld;
+          }
+        } else if (bias != nullptr) {
+          for (int64_t col = 0; col < width; col += Vector::kLanes) {
+            const auto count = static_cast<int>(std::min<int64_t>(width - col, Vector::kLanes));
+            Vector::store(load_partial(bias + j + col, count), bias_panel + col);
+          }
+          added = bias_panel;
+        }
+        const Strip<Out> strip{
+            .left = left_data,
+            .left_row_stride = gemm.b.transpose ? static_cast<int64_t>(sizeof(float)) : left_stride,
+            .left_depth_stride = gemm.b.transpose ? left_stride : static_cast<int64_t>(sizeof(float)),
+            .right = right_data,
+            .right_ld = right_ld,
+            .depth = (depth + kDepth - 1) / kDepth,
+            .added = added,
+            .added_ld = added_ld,
+            .out = to,
+            .out_ld = to_ld,
+            .last_cols = static_cast<int>(width > Vector::kLanes ? width - Vector::kLanes : width),
+        };
+        gemm_panel<T>(strip, rows, width, gemm.b.transpose);
+      };
+      if (sum_apart) {
+        compute(sums + j, cols);
+      } else {
+        compute(out + j, gemm.c.ld);
+      }
+    }
+  }
+  if (sum_apart) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; j += Vector::kLanes) {
+        const auto count = static_cast<int>(std::min<int64_t>(cols - j, Vector::kLanes));
+        store_partial(load_partial(sums + i * cols + j, count), out + i * gemm.c.ld + j, count);
+      }
+    }
+  }
+}
+
+} // namespace
+} // namespace blockdiag::cpu

@@ -1,0 +1,133 @@
+// Products in which every element of the largest operand is used once or twice: they take as long as memory takes to read
+// or write it, so that it is read and written row by row.
+#pragma once
+
+#include "cpu/simd/vector.h"
+#include "thresholds.h"
+
+namespace blockdiag::cpu {
+namespace {
+
+/// A part of the result, of few rows: out(i, j) = bias(j) + sum over p < depth of left(i, p) * right(p, j).
+template <typename T>
+struct FewRows {
+  const T* left; // (i, p) at i * left_row_stride + p * left_depth_stride
+  int64_t left_row_stride;
+  int64_t left_depth_stride;
+  const T* right; // with rows at distance right_ld
+  int64_t right_ld;
+  const T* bias; // none if null
+  T* out;        // (i, j) at i * out_ld + j
+  int64_t out_ld;
+  int64_t rows, cols, depth;
+};
+
+/// For a left operand with left_depth_stride 1, and a right operand that is transposed: (p, j) at p + j * right_ld. Each sum
+/// is taken along a vector.
+template <bool kShortRows, typename T>
+void gemv_transposed(const FewRows<T>& part) {
+  constexpr int kLanes = Vector::kLanes;
+  // So many rows are open at once that the CPU does not foresee the next ones: short ones are asked for some steps ahead.
+  const int64_t ahead = kLanes * std::max<int64_t>(kPrefetchDistance / part.depth, 1) * part.right_ld;
+  for (int64_t j = 0; j < part.cols; j += kLanes) {
+    const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, kLanes));
+    const T* starts[kLanes]; // of the right operand's rows; beyond the last one, its own again
+    for (int r = 0; r < kLanes; ++r) {
+      starts[r] = part.right + (j + std::min(r, count - 1)) * part.right_ld;
+    }
+    for (int64_t i = 0; i < part.rows; ++i) {
+      Vector sums[kLanes];
+#pragma GCC unroll 16
+      for (auto& sum : sums) {
+        sum = Vector::zero();
+      }
+      const auto add = [&](int64_t p, int deep) {
+        const auto factor = load_partial(part.left + i * part.left_row_stride + p, deep);
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) {
+          sums[r] = sums[r].plus_product(factor, load_partial(starts[r] + p, deep));
+          if constexpr (kShortRows) {
+            __builtin_prefetch(starts[r] + ahead + p, 0, 2);
+          }
+        }
+      };
+      int64_t p = 0;
+      for (; p + kLanes <= part.depth; p += kLanes) {
+        add(p, kLanes);
+      }
+      if (p < part.depth) {
+        add(p, static_cast<int>(part.depth - p));
+      }
+      Vector total = sum_each(sums);
+      if (part.bias != nullptr) {
+        total = total + load_partial(part.bias + j, count);
+      }
+      store_partial(total, part.out + i * part.out_ld + j, count);
+    }
+  }
+}
+
+/// For a right operand that is not transposed, (p, j) at p * right_ld + j, and at most kLongRow columns.
+template <typename T>
+void gemv(const FewRows<T>& part) {
+  constexpr int kStreams = 8; // rows of the right operand that are read at once
+  float sums[kLongRow];
+  for (int64_t i = 0; i < part.rows; ++i) {
+    const T* const left = part.left + i * part.left_row_stride;
+    T* const out = part.out + i * part.out_ld;
+    for (int64_t p0 = 0; p0 < part.depth; p0 += kStreams) {
+      const auto add = [&]<int kCount>(std::integral_constant<int, kCount> /*rows*/) {
+        Vector factors[kCount];
+#pragma GCC unroll 8
+        for (int p = 0; p < kCount; ++p) {
+          factors[p] = Vector::broadcast(static_cast<float>(left[(p0 + p) * part.left_depth_stride]));
+        }
+        const T* const first = part.right + p0 * part.right_ld;
+        for (int64_t j = 0; j < part.cols; j += Vector::kLanes) {
+          const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, Vector::kLanes));
+          Vector sum = p0 > 0                 ? Vector::load(sums + j)
+                       : part.bias == nullptr ? Vector::zero()
+                                              : load_partial(part.bias + j, count);
+#pragma GCC unroll 8
+          for (int p = 0; p < kCount; ++p) {
+            sum = sum.plus_product(factors[p], load_partial(first + p * part.right_ld + j, count));
+          }
+          if (p0 + kCount < part.depth) {
+            Vector::store(sum, sums + j);
+          } else {
+            store_partial(sum, out + j, count);
+          }
+        }
+      };
+      switch (std::min<int64_t>(part.depth - p0, kStreams)) {
+        case 1:
+          add(std::integral_constant<int, 1>());
+          break;
+        case 2:
+          add(std::integral_constant<int, 2>());
+          break;
+        case 3:
+          add(std::integral_constant<int, 3>());
+          break;
+        case 4:
+          add(std::integral_constant<int, 4>());
+          break;
+        case 5:
+          add(std::integral_constant<int, 5>());
+          break;
+        case 6:
+          add(std::integral_constant<int, 6>());
+          break;
+        case 7:
+          add(std::integral_constant<int, 7>());
+          break;
+        default:
+          add(std::integral_constant<int, kStreams>());
+          break;
+      }
+    }
+  }
+}
+
+} // namespace
+} // namespace blockdiag::cpu

@@ -1,0 +1,110 @@
+// Our own GEMM, with float32 sums, for the instruction set of the file that includes this. Half types are rounded once, when
+// they are stored.
+#pragma once
+
+#include "gemm.h"
+#include "gemv.h"
+
+namespace blockdiag::cpu {
+namespace {
+
+/// How the work is shared out: every tile of the result is one task. A sum is never split, so results do not depend on the
+/// number of threads; the price is that a single small block occupies a single thread, however long its sums are.
+struct Tiles {
+  int64_t rows, cols;
+  int64_t row_count, col_count, count;
+
+  Tiles(const Gemm& gemm, int64_t max_rows, int64_t max_cols)
+      : rows(std::min(gemm.n, max_rows)), cols(std::min(gemm.m, max_cols)) {
+    const auto update = [&] {
+      row_count = (gemm.n + rows - 1) / rows;
+      col_count = (gemm.m + cols - 1) / cols;
+      count = gemm.batch * row_count * col_count;
+    };
+    update();
+    // A few for each thread. By columns first: what a panel of the right operand costs is then not paid again.
+    const int64_t threads = at::get_num_threads();
+    const auto uneven = [&] { return count < 4 * threads && count % threads != 0; };
+    while (uneven() && cols > kPanelCols) {
+      cols = (cols / 2 + kPanelCols - 1) / kPanelCols * kPanelCols;
+      update();
+    }
+    while (uneven() && rows > 2 * kStripRows) {
+      rows = (rows + 1) / 2;
+      update();
+    }
+  }
+
+  /// Calls compute(block, first row, rows, first column, columns) for every tile; many one after another in one thread, if
+  /// they are of fewer products than `min_products`, which are worth waking a thread for.
+  template <typename Compute>
+  void for_each(const Gemm& gemm, int64_t min_products, const Compute& compute) const {
+    // Narrow blocks share cache lines of the activations, so all blocks of some rows come before the next rows, if the right
+    // operands of all of them stay in the L2 cache meanwhile.
+    constexpr int64_t kCached = 1 << 16;
+    const bool blocks_first = gemm.batch * gemm.m * gemm.k <= kCached;
+    const int64_t grain = std::max<int64_t>(min_products / (rows * cols * gemm.k), 1);
+    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t outer = task / col_count;
+        const int64_t block = blocks_first ? outer % gemm.batch : outer / row_count;
+        const int64_t i = (blocks_first ? outer / gemm.batch : outer % row_count) * rows;
+        const int64_t j = task % col_count * cols;
+        compute(block, i, std::min(rows, gemm.n - i), j, std::min(cols, gemm.m - j));
+      }
+    });
+  }
+};
+
+/// A Kernel. In row-major terms, C's rows are its columns: left = B is n x k, right = A is k x m, and `transpose` says that
+/// an operand's depth does not come in the order in which it is multiplied.
+template <typename T>
+void run(const Gemm& gemm, const T* a, const T* b, T* c, const T* bias) {
+  const auto left_at = [&](int64_t block, int64_t i) {
+    return b + block * gemm.b.stride + i * (gemm.b.transpose ? 1 : gemm.b.ld);
+  };
+  const auto right_at = [&](int64_t block, int64_t j) {
+    return a + block * gemm.a.stride + j * (gemm.a.transpose ? gemm.a.ld : 1);
+  };
+  const auto bias_at = [&](int64_t block, int64_t j) { return bias == nullptr ? nullptr : bias + block * gemm.m + j; };
+  const auto out_at = [&](int64_t block, int64_t i, int64_t j) {
+    return c + block * gemm.c.stride + i * gemm.c.ld + j;
+  };
+  const auto few_rows_at = [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+    return FewRows<T>{
+        .left = left_at(block, i),
+        .left_row_stride = gemm.b.transpose ? 1 : gemm.b.ld,
+        .left_depth_stride = gemm.b.transpose ? gemm.b.ld : 1,
+        .right = right_at(block, j),
+        .right_ld = gemm.a.ld,
+        .bias = bias_at(block, j),
+        .out = out_at(block, i, j),
+        .out_ld = gemm.c.ld,
+        .rows = rows,
+        .cols = cols,
+        .depth = gemm.k,
+    };
+  };
+  const bool few_rows = gemm.n <= kFewRows;
+  const int64_t min_products = few_rows ? kThreadProductsFewRows : kThreadProducts;
+  if (few_rows && gemm.a.transpose && !gemm.b.transpose) {
+    Tiles(gemm, kTile, kTile)
+        .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+          const auto part = few_rows_at(block, i, rows, j, cols);
+          gemm.k <= kTile ? gemv_transposed<true>(part) : gemv_transposed<false>(part);
+        });
+  } else if (!gemm.a.transpose && (few_rows || (gemm.k <= kShallow && gemm.m >= kWide))) {
+    Tiles(gemm, kTile, kLongRow)
+        .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+          gemv(few_rows_at(block, i, rows, j, cols));
+        });
+  } else {
+    Tiles(gemm, kTile, kTile)
+        .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+          gemm_tile(gemm, left_at(block, i), right_at(block, j), bias_at(block, j), out_at(block, i, j), rows, cols);
+        });
+  }
+}
+
+} // namespace
+} // namespace blockdiag::cpu

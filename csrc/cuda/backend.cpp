@@ -1,0 +1,19 @@
+#include "backend.h"
+
+#include "kernels/small_blocks.h"
+
+namespace blockdiag::cuda {
+
+Providers& backend() {
+  static Providers providers(
+      {
+          {"small_blocks", small_blocks_take, run_small_blocks},
+          {"cublaslt", cublaslt_takes, cublaslt_run},
+          {"cublas", cublas_takes, cublas_run},
+      },
+      "BLOCKDIAG_CUDA_GEMM", "cublas"
+  );
+  return providers;
+}
+
+} // namespace blockdiag::cuda

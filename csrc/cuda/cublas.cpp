@@ -1,0 +1,138 @@
+// Products by cuBLAS's strided batched GEMM, which computes all dtypes.
+#include "cublas.h"
+
+#include "backend.h"
+#include "scalar_type.h"
+
+#include <ATen/Context.h>
+#include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/cuda/CUDAFunctions.h>
+
+#include <algorithm>
+
+namespace blockdiag::cuda {
+namespace {
+
+/// Adds to the handle's math mode, for as long as it lives, that half products are not to be reduced in half precision if
+/// torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction says so.
+class ReductionMode {
+ public:
+  ReductionMode(cublasHandle_t handle, cublasMath_t mode, DType dtype) : handle_(handle), mode_(mode) {
+    using Option = at::CuBLASReductionOption;
+    const auto option = reduction_option(dtype);
+    TORCH_CHECK(
+        option != Option::DisallowReducedPrecisionDisallowSplitK,
+        "blockdiag: expected allow_splitk=True in "
+        "torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction "
+        "where cuBLAS computes, as it cannot be told not to split sums: cuBLASLt can, by "
+        "blockdiag.backends.cuda.preferred_blas_library(\"cublaslt\"), but it has no algorithm for some problems"
+    );
+    disallow_ = option != Option::AllowReducedPrecisionWithSplitK;
+    if (disallow_) {
+      cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
+    }
+  }
+  ReductionMode(const ReductionMode&) = delete;
+  ReductionMode& operator=(const ReductionMode&) = delete;
+  ~ReductionMode() {
+    if (disallow_) {
+      cublasSetMathMode(handle_, mode_);
+    }
+  }
+
+ private:
+  cublasHandle_t handle_;
+  cublasMath_t mode_;
+  bool disallow_;
+};
+
+/// 1 or 0 in every type that cuBLAS reads alpha and beta in: the compute type, real or complex.
+struct Scalar {
+  float as_float[2];
+  double as_double[2];
+
+  explicit Scalar(int value) : as_float{static_cast<float>(value), 0}, as_double{static_cast<double>(value), 0} {}
+
+  const void* as(cublasComputeType_t compute) const {
+    return compute == CUBLAS_COMPUTE_64F ? static_cast<const void*>(as_double) : as_float;
+  }
+};
+
+/// Writes the bias to each column of C: the product is added to it, without a second pass over the result, and without
+/// rounding between product and bias.
+void write_bias(const GemmProblem& problem, const Operands& operands) {
+  const auto& [m, n, k, batch, a, b, c] = problem.gemm;
+  const at::Device device(at::kCUDA, c10::cuda::current_device());
+  const auto tensor = [&](const void* data, at::IntArrayRef sizes, at::IntArrayRef strides) {
+    return at::for_blob(const_cast<void*>(data), sizes)
+        .strides(strides)
+        .options(at::device(device).dtype(scalar_type_of(problem.dtype)))
+        .target_device(device) // known: the driver need not be asked for the pointer's
+        .make_tensor();
+  };
+  tensor(operands.c, {n, batch, m}, {c.ld, c.stride, 1}).copy_(tensor(operands.bias, {batch, m}, {m, 1}));
+}
+
+} // namespace
+
+bool cublas_takes(const GemmProblem& problem) {
+  return !problem.epilogue.bias_grad;
+}
+
+bool cublas_run(const GemmProblem& problem, const Operands& operands) {
+  const auto& gemm = problem.gemm;
+  if (problem.epilogue.bias) {
+    write_bias(problem, operands);
+  }
+  // ATen's handle: bound to the current stream, with a workspace from the caching allocator that graph capture knows of,
+  // and in the math mode that torch.backends and torch.set_float32_matmul_precision ask for.
+  const cublasHandle_t handle = at::cuda::getCurrentCUDABlasHandle();
+  cublasMath_t mode = CUBLAS_DEFAULT_MATH;
+  check_status(cublasGetMathMode(handle, &mode), "cublasGetMathMode", problem);
+  const ReductionMode reduction_mode(handle, mode, problem.dtype);
+  const bool tf32 = (mode & CUBLAS_TF32_TENSOR_OP_MATH) == CUBLAS_TF32_TENSOR_OP_MATH;
+  const auto [data, compute] = types_of(problem.dtype, tf32);
+
+  const auto trans_a = gemm.a.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
+  const auto trans_b = gemm.b.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
+  // The check has made sure that every size and leading dimension fits 32 bits.
+  const int m = static_cast<int>(gemm.m), n = static_cast<int>(gemm.n), k = static_cast<int>(gemm.k);
+  const int lda = static_cast<int>(gemm.a.ld), ldb = static_cast<int>(gemm.b.ld), ldc = static_cast<int>(gemm.c.ld);
+  const Scalar one(1), beta(problem.epilogue.bias || problem.epilogue.accumulate ? 1 : 0);
+  if (gemm.batch == 1) {
+    // The batched function is slower here (pytorch#114911).
+    const auto status = cublasGemmEx(
+        handle, trans_a, trans_b, m, n, k, one.as(compute), operands.a, data, lda, operands.b, data, ldb,
+        beta.as(compute), operands.c, data, ldc, compute, CUBLAS_GEMM_DEFAULT
+    );
+    check_status(status, "cublasGemmEx", problem);
+    return true;
+  }
+  // Batched kernels index blocks with a grid dimension that ends at 65535.
+  constexpr int64_t kMaxBatch = 65535;
+  const int64_t bytes = size_of(problem.dtype);
+  for (int64_t start = 0; start < gemm.batch; start += kMaxBatch) {
+    const auto status = cublasGemmStridedBatchedEx(
+        handle, trans_a, trans_b, m, n, k, one.as(compute),
+        static_cast<const char*>(operands.a) + start * gemm.a.stride * bytes, data, lda, gemm.a.stride,
+        static_cast<const char*>(operands.b) + start * gemm.b.stride * bytes, data, ldb, gemm.b.stride,
+        beta.as(compute), static_cast<char*>(operands.c) + start * gemm.c.stride * bytes, data, ldc, gemm.c.stride,
+        static_cast<int>(std::min(kMaxBatch, gemm.batch - start)), compute, CUBLAS_GEMM_DEFAULT
+    );
+    check_status(status, "cublasGemmStridedBatchedEx", problem);
+  }
+  return true;
+}
+
+std::string cublas_versions() {
+  const auto found = [](libraryPropertyType property) {
+    int value = 0;
+    return cublasGetProperty(property, &value) == CUBLAS_STATUS_SUCCESS ? std::to_string(value) : "?";
+  };
+  return "built with " + std::to_string(CUBLAS_VER_MAJOR) + "." + std::to_string(CUBLAS_VER_MINOR) + "." +
+         std::to_string(CUBLAS_VER_PATCH) + ", found " + found(MAJOR_VERSION) + "." + found(MINOR_VERSION) + "." +
+         found(PATCH_LEVEL);
+}
+
+} // namespace blockdiag::cuda

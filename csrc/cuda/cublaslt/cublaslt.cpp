@@ -1,0 +1,151 @@
+// Products with their epilogue in one kernel, by cuBLASLt. Not run on a GPU yet, and therefore used only if asked for.
+#include "cuda/backend.h"
+#include "cuda/cublas.h"
+#include "lru_cache.h"
+#include "plan.h"
+#include "tuning.h"
+
+#include <ATen/Context.h>
+#include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/cuda/detail/DeviceThreadHandles.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace blockdiag::cuda {
+namespace {
+
+/// Never destroyed: at exit, CUDA may be gone before.
+LruCache<LtProblem::Key, Plan, KeyHash>& plans() {
+  static auto* cache = new LruCache<LtProblem::Key, Plan, KeyHash>(4096);
+  return *cache;
+}
+
+void create_handle(cublasLtHandle_t* handle) {
+  // The stream may be captured, or another thread's.
+  const c10::cuda::CUDAStreamCaptureModeGuard guard(cudaStreamCaptureModeRelaxed);
+  const auto status = cublasLtCreate(handle);
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "blockdiag: cublasLtCreate returned ", cublasGetStatusName(status));
+}
+
+void keep_handle(cublasLtHandle_t /*handle*/) {} // at exit, CUDA may be gone before
+
+/// One for each thread and device, as ATen keeps its own. ATen's is that of cuBLAS: with it comes cuBLAS's workspace of the
+/// current stream, 32 MiB on some GPUs, which cuBLASLt does not use.
+cublasLtHandle_t handle_of(c10::DeviceIndex device) {
+  using Pool = at::cuda::DeviceThreadHandlePool<cublasLtHandle_t, create_handle, keep_handle>;
+  static const auto pool = std::make_shared<Pool>();
+  thread_local const std::unique_ptr<Pool::PoolWindow> window(pool->newPoolWindow());
+  return window->reserve(device);
+}
+
+/// The ways to add up parts of a sum that torch.backends.cuda.matmul and deterministic mode allow, as ATen takes them.
+int64_t allowed_reductions(DType dtype) {
+  using Option = at::CuBLASReductionOption;
+  const auto option = reduction_option(dtype);
+  if (option == Option::DisallowReducedPrecisionDisallowSplitK) {
+    return CUBLASLT_REDUCTION_SCHEME_NONE;
+  }
+  const bool all = option == Option::AllowReducedPrecisionWithSplitK && !at::globalContext().deterministicAlgorithms();
+  return all ? CUBLASLT_REDUCTION_SCHEME_MASK : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+}
+
+bool tf32_is_allowed() {
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::TF32 && !at::NoTF32Guard::should_disable_tf32();
+}
+
+std::atomic<int64_t> calls{0}, left_to_cublas{0};
+
+LtProblem describe(const GemmProblem& problem, const Operands& operands) {
+  const auto& gemm = problem.gemm;
+  const auto aligned = [&](const void* pointer, int64_t stride) {
+    return alignment(reinterpret_cast<uintptr_t>(pointer), stride * size_of(problem.dtype), gemm.batch);
+  };
+  LtProblem described{problem};
+  described.device = c10::cuda::current_device();
+  described.compute_type = types_of(problem.dtype, problem.dtype == DType::kFloat32 && tf32_is_allowed()).compute;
+  described.reductions = allowed_reductions(problem.dtype);
+  described.alignments = {
+      aligned(operands.a, gemm.a.stride), aligned(operands.b, gemm.b.stride), aligned(operands.c, gemm.c.stride), 0
+  };
+  if (problem.epilogue.bias) {
+    described.alignments[3] = aligned(operands.bias, gemm.m);
+  } else if (problem.epilogue.bias_grad) {
+    described.alignments[3] = aligned(operands.bias_grad, gemm.n);
+  }
+  described.workspace = static_cast<int64_t>(at::cuda::getCUDABlasLtWorkspaceSize());
+  described.deterministic = at::globalContext().deterministicAlgorithms();
+  return described;
+}
+
+bool run(const LtProblem& problem, const Operands& operands) {
+  const cublasLtHandle_t handle = handle_of(static_cast<c10::DeviceIndex>(problem.device));
+  auto plan = plans().find(problem.key());
+  if (!plan) {
+    auto made = make_plan(handle, problem);
+    if (!made) {
+      return false;
+    }
+    plan = plans().get(problem.key(), [&] { return std::move(*made); });
+  }
+  if (tuning().used > 0 && !plan->candidates.empty()) {
+    if (auto tuned = tuned_plan(handle, plan, problem, operands)) {
+      plan = std::move(tuned);
+    } else if (problem.epilogue.bias_grad) {
+      return false; // its epilogue is used where it is known to be faster
+    }
+  }
+  if (plan->candidates.empty()) {
+    return false;
+  }
+  const Candidate& candidate = plan->candidates[0];
+  // Of the caching allocator, which knows of streams and of graph capture, and in whose order it is free again.
+  c10::DataPtr workspace;
+  if (candidate.workspace > 0) {
+    workspace = c10::cuda::CUDACachingAllocator::get()->allocate(candidate.workspace);
+  }
+  const auto status = launch(handle, *plan, candidate, operands, workspace.get());
+  if (is_unsupported(status)) {
+    auto none = *plan; // remembered, as it would answer so again
+    none.candidates.clear();
+    plans().set(problem.key(), std::move(none));
+    return false;
+  }
+  check_status(status, "cublasLtMatmul", problem);
+  return true;
+}
+
+} // namespace
+
+bool cublaslt_takes(const GemmProblem& problem) {
+  const auto& [gemm, dtype, epilogue] = problem;
+  constexpr int64_t kMaxBatch = 65535; // a grid dimension of batched kernels
+  // Before CUDA 13.2 a leading dimension beyond 2^31 bytes is read wrongly (CUB-9572), before 12.8 Update 1 a bias of a
+  // vector (5104822).
+  const int64_t max_ld = kBlasMax / size_of(dtype);
+  if (!(is_half(dtype) || dtype == DType::kFloat32) || epilogue.accumulate || gemm.batch > kMaxBatch ||
+      std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) > max_ld ||
+      ((epilogue.bias || epilogue.bias_grad) && (gemm.m == 1 || gemm.n == 1))) {
+    return false;
+  }
+  // A bias gradient is computed with the weight's where that may be known to be faster, and not in deterministic mode, as it is
+  // not documented how the epilogue sums.
+  return !epilogue.bias_grad || (tuning().used > 0 && !at::globalContext().deterministicAlgorithms());
+}
+
+bool cublaslt_run(const GemmProblem& problem, const Operands& operands) {
+  const bool done = run(describe(problem, operands), operands);
+  calls += done;
+  left_to_cublas += !done && !problem.epilogue.bias_grad;
+  return done;
+}
+
+std::string cublaslt_calls() {
+  return std::to_string(calls) + " calls, " + std::to_string(left_to_cublas) + " left to cuBLAS";
+}
+
+} // namespace blockdiag::cuda

@@ -1,0 +1,45 @@
+// The C++ interface of blockdiag, for programs that link libtorch and libblockdiag.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymIntArrayRef.h>
+
+#include <map>
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace blockdiag {
+
+/// A linear layer whose weight is block diagonal, without the zeros:
+/// output[..., g, :] = input[..., g, :] weight[g]^T + bias[g].
+///
+/// input:  (*, G * K) concatenated, or (*, G, K) stacked; concatenated where both fit.
+/// weight: (G, N, K), block g being the weight of a torch::nn::Linear(K, N).
+/// bias:   (G * N) or (G, N), or none.
+/// returns (*, G * N) for a concatenated input and (*, G, N) for a stacked one, contiguous.
+///
+/// All share one device and one dtype: float16 or bfloat16 (accumulated in float32), float32, float64, complex64 or
+/// complex128. Autocast casts them as it casts those of torch::nn::functional::linear. Throws c10::Error on anything
+/// else, before any work. Differentiable to any order.
+at::Tensor linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias = std::nullopt
+);
+
+/// grad_output[..., g, :] weight[g], of shape `input_sizes`: the gradient of linear's input (for complex tensors, given
+/// the conjugate of its weight).
+at::Tensor linear_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes);
+
+/// The sum over the batch of grad_output[..., g, :]^T input[..., g, :], of shape `weight_sizes`: the gradient of linear's
+/// weight (for complex tensors, given the conjugate of its input).
+at::Tensor linear_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes);
+
+/// linear_weight_grad, and grad_output summed over the batch, (G, N): the gradient of linear's bias.
+std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+);
+
+/// What this library was built with, and what it found when it was loaded.
+std::map<std::string, std::string> build_info();
+
+} // namespace blockdiag

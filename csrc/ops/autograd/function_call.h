@@ -1,0 +1,112 @@
+// What the derivatives of all ops share: calls of torch::autograd::Function as kernels of the Autograd key, and tangents.
+#pragma once
+
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/util/ScopeExit.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+namespace blockdiag {
+namespace {
+
+inline at::Tensor conj_if_complex(const at::Tensor& tensor) {
+  return tensor.is_complex() ? tensor.conj() : tensor;
+}
+
+// Forward-mode AD carries one tangent in each tensor, at a level that is always 0.
+
+inline at::Tensor tangent(const at::Tensor& tensor) {
+  return tensor._fw_grad(/*level=*/0);
+}
+
+template <typename... Tensors>
+bool has_tangent(const Tensors&... tensors) {
+  return (tangent(tensors).defined() || ...);
+}
+
+inline at::Tensor primal(const at::Tensor& tensor) {
+  return has_tangent(tensor) ? tensor._fw_primal(/*level=*/0) : tensor;
+}
+
+inline std::optional<at::Tensor> primal(const std::optional<at::Tensor>& tensor) {
+  return tensor ? std::optional(primal(*tensor)) : std::nullopt;
+}
+
+/// One call of a torch::autograd::Function as a kernel of the Autograd key.
+///
+/// Function refuses to run under functorch's transforms (torch.func.grad and its relatives), because most callers use it above
+/// the dispatcher, where it would be unaware of their levels. Ours run as torch's own derivatives do: functorch calls them
+/// once for each level, with that level's tensors. So the transforms are hidden from Function, and shown again to what it
+/// calls. It refuses tangents as well, which are not its business here: it gets the primals alone.
+class FunctionCall {
+ public:
+  FunctionCall(const at::Tensor& left, const at::Tensor& right) : left(left), right(right) {}
+
+  /// Calls Function::apply(left, right, rest..., this), in which Function may save `left` and `right`.
+  template <typename Function, typename... Rest>
+  at::Tensor apply(const Rest&... rest) {
+    const auto primals = std::make_tuple(primal(left), primal(right));
+    const auto show_again = c10::make_scope_exit([this] { exchange(); });
+    exchange();
+    return Function::apply(std::get<0>(primals), std::get<1>(primals), rest..., this);
+  }
+
+  /// Calls forward() below autograd with the transforms in sight, and gradients on if they were: Function has switched them
+  /// off, which would hold for the transforms' outer levels too.
+  template <typename Forward>
+  at::Tensor run(const Forward& forward) {
+    const auto hide_again = c10::make_scope_exit([this] { exchange(); });
+    exchange();
+    const at::AutoGradMode grad_mode(grad_mode_);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return forward();
+  }
+
+  // With their tangents: those of the gradients are made of them.
+  const at::Tensor& left;
+  const at::Tensor& right;
+
+ private:
+  void exchange() {
+    std::swap(at::functorch::functorchTLSAccessor(), functorch_);
+  }
+
+  std::unique_ptr<at::functorch::FuncTorchTLSBase> functorch_;
+  bool grad_mode_ = at::GradMode::is_enabled();
+};
+
+template <typename... Tensors>
+bool requires_grad(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+}
+
+inline at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
+  return !a.defined() ? b : !b.defined() ? a : a.add(b);
+}
+
+/// Gives op(left, right), which is linear in both, its tangent, to which `more` is added.
+template <typename Op>
+void set_tangent(
+    const at::Tensor& result, const Op& op, const at::Tensor& left, const at::Tensor& right, const at::Tensor& more = {}
+) {
+  auto sum = more;
+  if (has_tangent(left)) {
+    sum = sum_of(sum, op(tangent(left), primal(right)));
+  }
+  if (has_tangent(right)) {
+    sum = sum_of(sum, op(primal(left), tangent(right)));
+  }
+  // Laid out as the result, or else torch makes a copy that is, which it cannot where sizes are symbolic. A copy in any case
+  // where nothing was added to `more`, which is a view of an argument's tangent: in-place ops on the result would change it.
+  sum = has_tangent(left, right) ? sum.contiguous() : sum.clone(at::MemoryFormat::Contiguous);
+  result._set_fw_grad(sum, /*level=*/0, /*is_inplace_op=*/false);
+}
+
+} // namespace
+} // namespace blockdiag

@@ -1,0 +1,205 @@
+// Gradients of any order.
+//
+// For every block, y = x W^T, dx = dy W and dW = dy^T x are one bilinear form read three ways, so the derivatives of each
+// of the three ops are the other two (of conjugated arguments, as PyTorch defines complex gradients).
+#include "ops/linear.h"
+#include "function_call.h"
+
+#include <torch/library.h>
+
+namespace blockdiag {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// The sizes of the input that gave an output of these sizes. They are not saved: compiled autograd would take each as a
+/// constant, and compile anew for every batch size.
+c10::SymDimVector input_sizes_of(c10::SymIntArrayRef output_sizes, c10::SymIntArrayRef weight_sizes, bool stacked) {
+  c10::SymDimVector sizes(output_sizes.begin(), output_sizes.end() - (stacked ? 2 : 1));
+  if (stacked) {
+    sizes.append({weight_sizes[0], weight_sizes[2]});
+  } else {
+    sizes.push_back(weight_sizes[0] * weight_sizes[2]);
+  }
+  return sizes;
+}
+
+// Each function saves only the tensors that the gradients asked for need: what only their shape is needed of is not kept.
+struct Linear : torch::autograd::Function<Linear> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+      FunctionCall* call
+  ) {
+    ctx->save_for_backward({
+        input.requires_grad() ? call->right : at::Tensor(),
+        weight.requires_grad() ? call->left : at::Tensor(),
+    });
+    ctx->saved_data["stacked"] = is_stacked(input.sym_sizes(), weight.sym_sizes());
+    ctx->saved_data["weight_sizes"] = weight.sym_sizes();
+    if (bias) {
+      ctx->saved_data["bias_stacked"] = bias->dim() == 2;
+    }
+    return call->run([&] { return blockdiag::linear(input, weight, bias); });
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto saved = ctx->get_saved_variables();
+    const bool stacked = ctx->saved_data["stacked"].toBool();
+    const auto weight_sizes = ctx->saved_data["weight_sizes"].toSymIntVector();
+    const auto& grad_output = grad_outputs[0];
+    variable_list grads(4);
+    if (ctx->needs_input_grad(0)) {
+      const auto input_sizes = input_sizes_of(grad_output.sym_sizes(), weight_sizes, stacked);
+      grads[0] = linear_input_grad(grad_output, conj_if_complex(saved[0]), input_sizes);
+    }
+    const auto bias_stacked = ctx->saved_data.find("bias_stacked");
+    const bool needs_bias_grad = bias_stacked != ctx->saved_data.end() && ctx->needs_input_grad(2);
+    if (needs_bias_grad && ctx->needs_input_grad(1)) {
+      std::tie(grads[1], grads[2]) = linear_weight_bias_grad(grad_output, conj_if_complex(saved[1]), weight_sizes);
+      if (!bias_stacked->second.toBool()) {
+        grads[2] = grads[2].view_symint({weight_sizes[0] * weight_sizes[1]});
+      }
+      return grads;
+    }
+    if (ctx->needs_input_grad(1)) {
+      grads[1] = linear_weight_grad(grad_output, conj_if_complex(saved[1]), weight_sizes);
+    }
+    if (needs_bias_grad) {
+      grads[2] = bias_grad(grad_output, stacked, bias_stacked->second.toBool(), weight_sizes);
+    }
+    return grads;
+  }
+};
+
+struct LinearInputGrad : torch::autograd::Function<LinearInputGrad> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+      FunctionCall* call
+  ) {
+    ctx->save_for_backward({
+        grad_output.requires_grad() ? call->right : at::Tensor(),
+        weight.requires_grad() ? call->left : at::Tensor(),
+    });
+    ctx->saved_data["weight_sizes"] = weight.sym_sizes();
+    return call->run([&] { return linear_input_grad(grad_output, weight, input_sizes); });
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto saved = ctx->get_saved_variables();
+    const auto& grad = grad_outputs[0];
+    variable_list grads(4);
+    if (ctx->needs_input_grad(0)) {
+      grads[0] = blockdiag::linear(grad, conj_if_complex(saved[0]));
+    }
+    if (ctx->needs_input_grad(1)) {
+      grads[1] = linear_weight_grad(conj_if_complex(saved[1]), grad, ctx->saved_data["weight_sizes"].toSymIntVector());
+    }
+    return grads;
+  }
+};
+
+struct LinearWeightGrad : torch::autograd::Function<LinearWeightGrad> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+      FunctionCall* call
+  ) {
+    ctx->save_for_backward({
+        grad_output.requires_grad() ? call->right : at::Tensor(),
+        input.requires_grad() ? call->left : at::Tensor(),
+    });
+    ctx->saved_data["stacked"] = is_stacked(input.sym_sizes(), weight_sizes);
+    return call->run([&] { return linear_weight_grad(grad_output, input, weight_sizes); });
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto saved = ctx->get_saved_variables();
+    const auto& grad = grad_outputs[0];
+    variable_list grads(4);
+    if (ctx->needs_input_grad(0)) {
+      grads[0] = blockdiag::linear(conj_if_complex(saved[0]), grad);
+    }
+    if (ctx->needs_input_grad(1)) {
+      const bool stacked = ctx->saved_data["stacked"].toBool();
+      const auto input_sizes = input_sizes_of(saved[1].sym_sizes(), grad.sym_sizes(), stacked);
+      grads[1] = linear_input_grad(conj_if_complex(saved[1]), grad, input_sizes);
+    }
+    return grads;
+  }
+};
+
+at::Tensor autograd_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  at::Tensor output;
+  if (requires_grad(input, weight) || (bias && requires_grad(*bias))) {
+    output = FunctionCall(input, weight).apply<Linear>(primal(bias));
+  } else {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    output = blockdiag::linear(input, weight, bias);
+  }
+  const bool bias_has_tangent = bias && has_tangent(*bias);
+  if (has_tangent(input, weight) || bias_has_tangent) {
+    at::Tensor bias_tangent;
+    if (bias_has_tangent) {
+      const int64_t feature_dims = is_stacked(input.sym_sizes(), weight.sym_sizes()) ? 2 : 1;
+      const auto features = output.sym_sizes().slice(output.dim() - feature_dims);
+      bias_tangent = tangent(*bias).reshape_symint(features).expand_as(output);
+    }
+    const auto product = [](const at::Tensor& x, const at::Tensor& w) { return blockdiag::linear(x, w); };
+    set_tangent(output, product, input, weight, bias_tangent);
+  }
+  return output;
+}
+
+/// An op of two tensors that is linear in both, and of one's sizes.
+template <typename Function, typename Op>
+at::Tensor autograd_bilinear(const Op& op, const at::Tensor& left, const at::Tensor& right, c10::SymIntArrayRef sizes) {
+  at::Tensor result;
+  if (requires_grad(left, right)) {
+    result = FunctionCall(left, right).apply<Function>(sizes);
+  } else {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = op(left, right, sizes);
+  }
+  if (has_tangent(left, right)) {
+    set_tangent(result, [&](const at::Tensor& a, const at::Tensor& b) { return op(a, b, sizes); }, left, right);
+  }
+  return result;
+}
+
+at::Tensor autograd_linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes
+) {
+  return autograd_bilinear<LinearInputGrad>(linear_input_grad, grad_output, weight, input_sizes);
+}
+
+at::Tensor autograd_linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  return autograd_bilinear<LinearWeightGrad>(linear_weight_grad, grad_output, input, weight_sizes);
+}
+
+std::tuple<at::Tensor, at::Tensor> autograd_linear_weight_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  if (requires_grad(grad_output, input) || has_tangent(grad_output, input)) {
+    return separate_weight_and_bias_grad(grad_output, input, weight_sizes);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return linear_weight_bias_grad(grad_output, input, weight_sizes);
+}
+
+} // namespace
+} // namespace blockdiag
+
+TORCH_LIBRARY_IMPL(blockdiag, Autograd, m) {
+  m.impl("linear_weight_bias_grad", TORCH_FN(blockdiag::autograd_linear_weight_bias_grad));
+  m.impl("linear", TORCH_FN(blockdiag::autograd_linear));
+  m.impl("linear_input_grad", TORCH_FN(blockdiag::autograd_linear_input_grad));
+  m.impl("linear_weight_grad", TORCH_FN(blockdiag::autograd_linear_weight_grad));
+}

@@ -1,0 +1,26 @@
+// What the checks of all ops share: dtypes, devices, and sizes that BLAS can address.
+#pragma once
+
+#include "problem/dtype.h"
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <initializer_list>
+#include <utility>
+
+namespace blockdiag {
+
+using NamedTensor = std::pair<const char*, const at::Tensor*>;
+
+/// Checks that all tensors have one dtype, which the ops take, and are on one device.
+void check_dtypes_and_devices(const char* op, std::initializer_list<NamedTensor> tensors);
+
+/// Checks that a size fits BLAS's 32-bit integers. Symbolic sizes pass: they are checked when the traced program runs on
+/// real ones.
+void check_fits_blas(const char* op, const char* what, const c10::SymInt& size);
+
+/// The dtype of a tensor that has passed the check.
+DType dtype_of(const at::Tensor& tensor);
+
+} // namespace blockdiag

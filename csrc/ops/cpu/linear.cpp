@@ -1,0 +1,37 @@
+#include "ops/linear.h"
+#include "cpu/backend.h"
+
+#include <torch/library.h>
+
+namespace blockdiag::cpu {
+namespace {
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  return compute(lower_linear(input, weight, bias), backend());
+}
+
+at::Tensor linear_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes) {
+  return compute(lower_linear_input_grad(grad_output, weight, input_sizes), backend());
+}
+
+at::Tensor linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  return compute(lower_linear_weight_grad(grad_output, input, weight_sizes), backend());
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  return compute_weight_bias_grad(grad_output, input, weight_sizes, backend());
+}
+
+} // namespace
+} // namespace blockdiag::cpu
+
+TORCH_LIBRARY_IMPL(blockdiag, CPU, m) {
+  m.impl("linear", TORCH_FN(blockdiag::cpu::linear));
+  m.impl("linear_input_grad", TORCH_FN(blockdiag::cpu::linear_input_grad));
+  m.impl("linear_weight_grad", TORCH_FN(blockdiag::cpu::linear_weight_grad));
+  m.impl("linear_weight_bias_grad", TORCH_FN(blockdiag::cpu::linear_weight_bias_grad));
+}

@@ -1,0 +1,286 @@
+#include "linear.h"
+
+#include "check.h"
+
+#include <c10/util/Exception.h>
+#include <c10/util/irange.h>
+
+#include <utility>
+
+namespace blockdiag {
+namespace {
+
+LinearSizes check_sizes(const char* op, c10::SymIntArrayRef input, c10::SymIntArrayRef weight) {
+  TORCH_CHECK(
+      weight.size() == 3, op,
+      ": expected weight to have 3 dimensions (num_blocks, out_block, in_block), but got shape ", weight
+  );
+  TORCH_CHECK(!input.empty(), op, ": expected input to have at least 1 dimension, but got a scalar");
+  LinearSizes sizes{1, weight[0], weight[2], weight[1], false, {}};
+  const auto& [batch, num_blocks, in_block, out_block, stacked, output] = sizes;
+  // Each by itself first, so that their products do not overflow.
+  check_fits_blas(op, "num_blocks", num_blocks);
+  check_fits_blas(op, "in_block", in_block);
+  check_fits_blas(op, "out_block", out_block);
+  sizes.stacked = is_stacked(input, weight);
+  const auto in_features = num_blocks * in_block;
+  const auto out_features = num_blocks * out_block;
+  check_fits_blas(op, "in_features (num_blocks * in_block)", in_features);
+  check_fits_blas(op, "out_features (num_blocks * out_block)", out_features);
+
+  const auto& last = input.back();
+  if (stacked) {
+    const auto& before_last = input[input.size() - 2];
+    TORCH_SYM_CHECK(
+        before_last.sym_eq(num_blocks), op, ": expected input's last two dimensions to be (num_blocks, in_block) = (",
+        num_blocks, ", ", in_block, "), but got (", before_last, ", ", last, ")"
+    );
+  } else {
+    TORCH_SYM_CHECK(
+        last.sym_eq(in_features), op, ": expected input's last dimension to be num_blocks * in_block = ", num_blocks,
+        " * ", in_block, " = ", in_features, ", but got ", last
+    );
+  }
+
+  const char* const batch_name = "the batch size (the product of input's leading dimensions)";
+  for (const auto& size : input.slice(0, input.size() - (stacked ? 2 : 1))) {
+    check_fits_blas(op, batch_name, size);
+    sizes.batch *= size;
+    check_fits_blas(op, batch_name, batch);
+    sizes.output.push_back(size);
+  }
+  if (stacked) {
+    sizes.output.push_back(num_blocks);
+    sizes.output.push_back(out_block);
+  } else {
+    sizes.output.push_back(out_features);
+  }
+  return sizes;
+}
+
+void check_bias(const char* op, c10::SymIntArrayRef bias, const LinearSizes& sizes) {
+  const auto out_features = sizes.num_blocks * sizes.out_block;
+  TORCH_CHECK(
+      (bias.size() == 1 && bias[0] == out_features) ||
+          (bias.size() == 2 && bias[0] == sizes.num_blocks && bias[1] == sizes.out_block),
+      op, ": expected bias to have shape (num_blocks * out_block,) = (", out_features,
+      ",) or (num_blocks, out_block) = (", sizes.num_blocks, ", ", sizes.out_block, "), but got shape ", bias
+  );
+}
+
+void check_grad_output(const char* op, c10::SymIntArrayRef grad_output, const LinearSizes& sizes) {
+  TORCH_CHECK(
+      grad_output == c10::SymIntArrayRef(sizes.output), op, ": expected grad_output to have the output's shape ",
+      c10::SymIntArrayRef(sizes.output), ", but got ", grad_output
+  );
+}
+
+} // namespace
+
+bool is_stacked(int64_t dims, const c10::SymInt& last, c10::SymIntArrayRef weight_sizes) {
+  const auto& num_blocks = weight_sizes[0];
+  const auto& in_block = weight_sizes[2];
+  return dims >= 2 && !TORCH_GUARD_OR_FALSE(last.sym_eq(num_blocks * in_block)) &&
+         TORCH_GUARD_OR_FALSE(last.sym_eq(in_block));
+}
+
+LinearSizes check_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  constexpr const char* op = "blockdiag::linear";
+  auto sizes = check_sizes(op, input.sym_sizes(), weight.sym_sizes());
+  if (bias) {
+    check_bias(op, bias->sym_sizes(), sizes);
+    check_dtypes_and_devices(op, {{"input", &input}, {"weight", &weight}, {"bias", &*bias}});
+  } else {
+    check_dtypes_and_devices(op, {{"input", &input}, {"weight", &weight}});
+  }
+  return sizes;
+}
+
+LinearSizes check_linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes
+) {
+  constexpr const char* op = "blockdiag::linear_input_grad";
+  auto sizes = check_sizes(op, input_sizes, weight.sym_sizes());
+  check_grad_output(op, grad_output.sym_sizes(), sizes);
+  check_dtypes_and_devices(op, {{"grad_output", &grad_output}, {"weight", &weight}});
+  return sizes;
+}
+
+LinearSizes check_linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  constexpr const char* op = "blockdiag::linear_weight_grad";
+  auto sizes = check_sizes(op, input.sym_sizes(), weight_sizes);
+  check_grad_output(op, grad_output.sym_sizes(), sizes);
+  check_dtypes_and_devices(op, {{"grad_output", &grad_output}, {"input", &input}});
+  return sizes;
+}
+
+// ---- Lowering -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+/// LinearSizes of real tensors.
+struct Sizes {
+  int64_t batch, num_blocks, in_block, out_block;
+  bool stacked;
+
+  explicit Sizes(const LinearSizes& sizes)
+      : batch(sizes.batch.expect_int()),
+        num_blocks(sizes.num_blocks.expect_int()),
+        in_block(sizes.in_block.expect_int()),
+        out_block(sizes.out_block.expect_int()),
+        stacked(sizes.stacked) {}
+};
+
+/// Row-major matrices of a contiguous activation: the blocks lie side by side in each row.
+Blocks contiguous_activation(const Sizes& sizes, int64_t block) {
+  return {sizes.batch, block, sizes.num_blocks * block, 1, block};
+}
+
+/// Row-major matrices of a contiguous weight.
+Blocks contiguous_weight(const Sizes& sizes) {
+  return {sizes.out_block, sizes.in_block, sizes.in_block, 1, sizes.out_block * sizes.in_block};
+}
+
+/// The stride that steps through all leading dimensions of `tensor` as one, or nothing if there is none.
+std::optional<int64_t> batch_stride(const at::Tensor& tensor, int64_t leading_dims) {
+  std::optional<int64_t> inner; // the innermost stride of more than one element
+  int64_t next = 0;
+  for (int64_t dim = leading_dims - 1; dim >= 0; --dim) {
+    const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
+    if (size == 1) {
+      continue;
+    }
+    if (inner && stride != next) {
+      return std::nullopt;
+    }
+    inner = inner.value_or(stride);
+    next = stride * size;
+  }
+  return inner.value_or(0);
+}
+
+/// `tensor`, (*, num_blocks * block) or (*, num_blocks, block), as it lies in memory.
+std::optional<Blocks> activation_blocks(const at::Tensor& tensor, const Sizes& sizes, int64_t block) {
+  const int64_t leading_dims = tensor.dim() - (sizes.stacked ? 2 : 1);
+  const auto row_stride = batch_stride(tensor, leading_dims);
+  if (!row_stride) {
+    return std::nullopt;
+  }
+  const int64_t col_stride = tensor.stride(-1);
+  const int64_t block_stride = sizes.stacked ? tensor.stride(-2) : block * col_stride;
+  return Blocks{sizes.batch, block, *row_stride, col_stride, block_stride};
+}
+
+Blocks weight_blocks(const at::Tensor& weight) {
+  return {weight.size(1), weight.size(2), weight.stride(1), weight.stride(2), weight.stride(0)};
+}
+
+Placed place_activation(const at::Tensor& tensor, const Sizes& sizes, int64_t block) {
+  return place(tensor, activation_blocks(tensor, sizes, block), contiguous_activation(sizes, block));
+}
+
+Placed place_weight(const at::Tensor& weight, const Sizes& sizes) {
+  return place(weight, weight_blocks(weight), contiguous_weight(sizes));
+}
+
+c10::DimVector as_ints(c10::SymIntArrayRef sizes) {
+  const auto ints = C10_AS_INTARRAYREF_SLOW(sizes);
+  return {ints.begin(), ints.end()};
+}
+
+} // namespace
+
+Product lower_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const auto checked = check_linear(input, weight, bias);
+  const Sizes sizes(checked);
+  auto x = place_activation(input, sizes, sizes.in_block);
+  auto w = place_weight(weight, sizes);
+  const auto y = contiguous_activation(sizes, sizes.out_block);
+  return {
+      .problem =
+          {.gemm = describe_product(x.blocks, w.blocks.transposed(), y, sizes.num_blocks),
+           .dtype = dtype_of(input),
+           .epilogue = {.bias = bias.has_value()}},
+      .a = std::move(w.tensor),
+      .b = std::move(x.tensor),
+      .bias = bias ? bias->contiguous() : at::Tensor(),
+      .result_sizes = as_ints(checked.output),
+  };
+}
+
+Product lower_linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes
+) {
+  const Sizes sizes(check_linear_input_grad(grad_output, weight, input_sizes));
+  auto dy = place_activation(grad_output, sizes, sizes.out_block);
+  auto w = place_weight(weight, sizes);
+  const auto dx = contiguous_activation(sizes, sizes.in_block);
+  return {
+      .problem =
+          {.gemm = describe_product(dy.blocks, w.blocks, dx, sizes.num_blocks),
+           .dtype = dtype_of(weight),
+           .epilogue = {}},
+      .a = std::move(w.tensor),
+      .b = std::move(dy.tensor),
+      .bias = {},
+      .result_sizes = as_ints(input_sizes),
+  };
+}
+
+Product lower_linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  const Sizes sizes(check_linear_weight_grad(grad_output, input, weight_sizes));
+  auto dy = place_activation(grad_output, sizes, sizes.out_block);
+  auto x = place_activation(input, sizes, sizes.in_block);
+  const auto dw = contiguous_weight(sizes);
+  return {
+      .problem =
+          {.gemm = describe_product(dy.blocks.transposed(), x.blocks, dw, sizes.num_blocks),
+           .dtype = dtype_of(input),
+           .epilogue = {}},
+      .a = std::move(x.tensor),
+      .b = std::move(dy.tensor),
+      .bias = {},
+      .result_sizes = as_ints(weight_sizes),
+  };
+}
+
+at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stacked, c10::SymIntArrayRef weight_sizes) {
+  c10::SmallVector<int64_t, 5> leading;
+  for (const auto dim : c10::irange(grad_output.dim() - (stacked ? 2 : 1))) {
+    leading.push_back(dim);
+  }
+  // A copy where there is nothing to sum: a parameter's gradient must not share memory with the gradient that arrived. A sum
+  // is laid out as what it is of, which may be transposed.
+  const auto sum =
+      leading.empty() ? grad_output.clone(at::MemoryFormat::Contiguous) : grad_output.sum(leading).contiguous();
+  if (stacked == bias_stacked) {
+    return sum;
+  }
+  return bias_stacked ? sum.view_symint({weight_sizes[0], weight_sizes[1]})
+                      : sum.view_symint({weight_sizes[0] * weight_sizes[1]});
+}
+
+std::tuple<at::Tensor, at::Tensor> separate_weight_and_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  auto weight_grad = linear_weight_grad(grad_output, input, weight_sizes);
+  const bool stacked = is_stacked(input.sym_sizes(), weight_sizes);
+  return {std::move(weight_grad), bias_grad(grad_output, stacked, /*bias_stacked=*/true, weight_sizes)};
+}
+
+std::tuple<at::Tensor, at::Tensor> compute_weight_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes, const Providers& backend
+) {
+  const auto product = lower_linear_weight_grad(grad_output, input, weight_sizes);
+  if (auto grads = compute_with_bias_grad(product, backend)) {
+    return std::move(*grads);
+  }
+  const bool stacked = is_stacked(input.sym_sizes(), weight_sizes);
+  return {compute(product, backend), bias_grad(grad_output, stacked, /*bias_stacked=*/true, weight_sizes)};
+}
+
+} // namespace blockdiag

@@ -1,0 +1,41 @@
+// Shapes alone: what torch.compile, torch.export and fake tensors see.
+#include "ops/linear.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+namespace blockdiag::meta {
+namespace {
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  return at::empty_symint(check_linear(input, weight, bias).output, input.options());
+}
+
+at::Tensor linear_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes) {
+  check_linear_input_grad(grad_output, weight, input_sizes);
+  return at::empty_symint(input_sizes, grad_output.options());
+}
+
+at::Tensor linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  check_linear_weight_grad(grad_output, input, weight_sizes);
+  return at::empty_symint(weight_sizes, grad_output.options());
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+) {
+  auto weight_grad = linear_weight_grad(grad_output, input, weight_sizes);
+  return {std::move(weight_grad), at::empty_symint(weight_sizes.slice(0, 2), grad_output.options())};
+}
+
+} // namespace
+} // namespace blockdiag::meta
+
+TORCH_LIBRARY_IMPL(blockdiag, Meta, m) {
+  m.impl("linear", TORCH_FN(blockdiag::meta::linear));
+  m.impl("linear_input_grad", TORCH_FN(blockdiag::meta::linear_input_grad));
+  m.impl("linear_weight_grad", TORCH_FN(blockdiag::meta::linear_weight_grad));
+  m.impl("linear_weight_bias_grad", TORCH_FN(blockdiag::meta::linear_weight_bias_grad));
+}

@@ -1,0 +1,89 @@
+// A backend: an ordered list of providers, of which the first that takes a problem computes it.
+#pragma once
+
+#include "gemm.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace blockdiag {
+
+/// One way to compute problems: kernels of our own, or a library.
+struct Provider {
+  std::string name;
+  /// Whether it computes such a problem, as far as the problem tells.
+  bool (*takes)(const GemmProblem& problem);
+  /// Computes the problem. False, with nothing written, where only the attempt shows that it cannot.
+  bool (*run)(const GemmProblem& problem, const Operands& operands);
+};
+
+class Providers {
+ public:
+  /// The first provider asked is the one that the environment variable `variable` names, or else `preferred`, or else the
+  /// first in the list. `where` ends the message about a name that is not in it.
+  Providers(
+      std::vector<Provider> providers, const char* variable, const char* preferred = nullptr, const char* where = ""
+  )
+      : providers_(std::move(providers)), where_(where) {
+    const char* const asked = std::getenv(variable);
+    const char* const name = asked != nullptr ? asked : preferred;
+    first_ = name == nullptr ? 0 : find(name, variable);
+  }
+
+  /// Names the first provider asked, for the whole process: those before it are left out, those behind it are fallbacks.
+  /// Throws std::invalid_argument if there is none of this name.
+  void prefer(const std::string& name) {
+    first_ = find(name, "the name of a library");
+  }
+
+  const std::string& preferred() const {
+    return providers_[first_].name;
+  }
+
+  /// All names, the last fallback first.
+  std::string names() const {
+    std::string names;
+    for (auto provider = providers_.rbegin(); provider != providers_.rend(); ++provider) {
+      names += (names.empty() ? "" : ", ") + provider->name;
+    }
+    return names;
+  }
+
+  /// Whether a provider takes the problem.
+  bool take(const GemmProblem& problem) const {
+    return std::any_of(providers_.begin() + first_, providers_.end(), [&](const auto& provider) {
+      return provider.takes(problem);
+    });
+  }
+
+  /// Computes the problem; false if no provider did.
+  bool run(const GemmProblem& problem, const Operands& operands) const {
+    return std::any_of(providers_.begin() + first_, providers_.end(), [&](const auto& provider) {
+      return provider.takes(problem) && provider.run(problem, operands);
+    });
+  }
+
+ private:
+  std::ptrdiff_t find(const std::string& name, const std::string& what) const {
+    const auto found =
+        std::find_if(providers_.begin(), providers_.end(), [&](const auto& provider) { return provider.name == name; });
+    if (found == providers_.end()) {
+      throw std::invalid_argument(
+          "blockdiag: expected " + what + " to be one of [" + names() + "]" + where_ + ", but got \"" + name + "\""
+      );
+    }
+    return found - providers_.begin();
+  }
+
+  std::vector<Provider> providers_;
+  std::string where_;
+  std::atomic<std::ptrdiff_t> first_;
+};
+
+} // namespace blockdiag
