@@ -21,6 +21,7 @@ autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # of nn.Module.forward and the like
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 130
+napoleon_use_rtype = False
 napoleon_custom_sections = [("Attributes", "params_style")]
 copybutton_exclude = ".linenos, .gp, .go"
 html_theme = "furo"
