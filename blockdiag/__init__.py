@@ -1,14 +1,15 @@
 """Block-diagonal linear layers for PyTorch: many independent linear layers as one operation."""
 
-from blockdiag._load import extension
-from blockdiag.backends.tuning import preferred_cuda_gemm, tune, tune_from_environment
+from blockdiag._load import extension as _extension
+from blockdiag.backends.tuning import preferred_cuda_gemm, tune
+from blockdiag.backends.tuning import tune_from_environment as _tune_from_environment
 from blockdiag.compression import factorize, lower_rank, replace_linear, split_attention
-from blockdiag.ensemble import stack_linears, stack_models
+from blockdiag.ensemble import stack_models
 from blockdiag.functional import linear
 from blockdiag.nn import BlockDiagLinear, LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
-from blockdiag.registration.flops import register_flop_formulas
-from blockdiag.registration.onnx import register_translation
-from blockdiag.registration.vmap import register_batching_rules
+from blockdiag.registration.flops import register_flop_formulas as _register_flop_formulas
+from blockdiag.registration.onnx import register_translation as _register_translation
+from blockdiag.registration.vmap import register_batching_rules as _register_batching_rules
 
 __all__ = [
     "BlockDiagLinear",
@@ -16,21 +17,44 @@ __all__ = [
     "LowRankLinear",
     "MonarchLinear",
     "PermutedBlockDiagLinear",
+    "backends",
     "build_info",
+    "compression",
+    "ensemble",
     "factorize",
+    "functional",
     "linear",
     "lower_rank",
+    "nn",
     "preferred_cuda_gemm",
+    "registration",
     "replace_linear",
     "split_attention",
-    "stack_linears",
     "stack_models",
     "tune",
 ]
 
-build_info = extension.build_info
+
+def build_info() -> dict[str, str]:
+    """What blockdiag was built with, and the libraries that compute.
+
+    Returns:
+        ``version``, ``torch`` and ``compiler`` that it was built as and with, ``cuda``: the version of CUDA, or
+        ``"none"``, and ``cpu_gemm``: what computes on this CPU. A build with CUDA has also ``cuda_gemm``, ``cublas``
+        and ``cublaslt``.
+
+    Example::
+
+        >>> import blockdiag
+        >>> info = blockdiag.build_info()
+        >>> info["version"] == blockdiag.__version__
+        True
+    """
+    return _extension.build_info()
+
+
 __version__: str = build_info()["version"]
-register_batching_rules()
-register_flop_formulas()
-register_translation()
-tune_from_environment()
+_register_batching_rules()
+_register_flop_formulas()
+_register_translation()
+_tune_from_environment()

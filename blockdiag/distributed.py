@@ -16,7 +16,9 @@ from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from blockdiag.nn.block_diag_linear import BlockDiagLinear
+from blockdiag.nn import BlockDiagLinear, PermutedBlockDiagLinear
+
+__all__ = ["BlockParallel", "shard_placement"]
 
 # One way to shard an op over one dimension of a mesh: the placements of its outputs and of its arguments.
 Sharding = tuple[list[Placement], list[Placement | None]]
@@ -95,7 +97,11 @@ def shard_placement(world_size: int) -> Callable[[nn.Parameter], Shard]:
 
     Example::
 
-        >>> fully_shard(model, shard_placement_fn=shard_placement(dist.get_world_size()))
+        >>> import blockdiag
+        >>> from blockdiag.distributed import shard_placement
+        >>> place = shard_placement(world_size=8)  # fully_shard(model, shard_placement_fn=place)
+        >>> place(blockdiag.BlockDiagLinear(64, 128, num_blocks=2).weight)  # of shape (2, 64, 32)
+        Shard(dim=1)
     """
 
     def place(parameter: nn.Parameter) -> Shard:
@@ -105,28 +111,41 @@ def shard_placement(world_size: int) -> Callable[[nn.Parameter], Shard]:
 
 
 class BlockParallel(ParallelStyle):
-    """Splits a :class:`~blockdiag.BlockDiagLinear` by blocks over a device mesh of one dimension.
+    """Splits a :class:`~blockdiag.BlockDiagLinear`, permuted or not, by blocks over a device mesh of one dimension.
 
     For :func:`torch.distributed.tensor.parallel.parallelize_module`. Weight and bias are sharded over the blocks, and
     so are the features of input and output. Consecutive layers of one number of blocks, with pointwise functions
     between them, exchange nothing between their processes.
 
     Args:
-        input_layouts: placement of inputs that are no DTensors. Default: ``Replicate()``. Inputs of another placement
+        input_layouts: placement of inputs that are not DTensors. Default: ``Replicate()``. Inputs of another placement
             than by blocks are redistributed.
         output_layouts: placement of the output. Default: by blocks, as it is computed: ``Shard(-1)`` if concatenated,
             ``Shard(-2)`` if stacked.
         use_local_output: whether to return the local part as a plain tensor. Default: ``True``.
 
     Raises:
-        TypeError: the module is no BlockDiagLinear.
+        TypeError: the module is neither a BlockDiagLinear nor a PermutedBlockDiagLinear.
         ValueError: the number of blocks is no multiple of the mesh's size.
 
     Example::
 
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor import Replicate, Shard
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from blockdiag import BlockDiagLinear
+        >>> from blockdiag.distributed import BlockParallel
+        >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # torchrun starts more
+        >>> mesh = init_device_mesh("cpu", (1,))
         >>> model = nn.Sequential(BlockDiagLinear(512, 512, 8), nn.ReLU(), BlockDiagLinear(512, 80, 8))
         >>> styles = {"0": BlockParallel(), "2": BlockParallel(input_layouts=Shard(-1), output_layouts=Replicate())}
-        >>> parallelize_module(model, init_device_mesh("cuda", (4,)), styles)
+        >>> model = parallelize_module(model, mesh, styles)
+        >>> model(torch.randn(32, 512)).shape
+        torch.Size([32, 80])
+        >>> destroy_process_group()
     """
 
     def __init__(
@@ -159,7 +178,7 @@ class BlockParallel(ParallelStyle):
         return output.to_local() if self.use_local_output else output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, BlockDiagLinear):
+        if not isinstance(module, BlockDiagLinear | PermutedBlockDiagLinear):
             raise TypeError(f"BlockParallel: expected a BlockDiagLinear, but got {type(module).__name__}")
         if module.num_blocks % device_mesh.size() != 0:
             raise ValueError(

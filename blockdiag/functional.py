@@ -1,4 +1,4 @@
-"""The functional form of the block-diagonal linear layer."""
+"""The functional form of the structured layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockdiag import _load  # noqa: F401  # has the op, or says why not
+from blockdiag import _load  # noqa: F401  # registers the op, or says why it cannot
+
+__all__ = ["linear"]
 
 
 def is_jagged(input: Any) -> bool:
-    # What torch.fx traces with is no Tensor, and cannot be asked whether it is nested.
+    # A proxy of torch.fx is no Tensor, and does not know whether it is nested.
     return isinstance(input, Tensor) and input.is_nested and input.layout == torch.jagged
 
 
 def of_jagged(function: Callable[..., Tensor], input: Any, *args: Any) -> Tensor:
-    """A function of rows, of a nested tensor whose rows lie one after the other, in the order of its batch."""
+    """Applies a function of rows to a nested tensor whose rows lie one after the other, in the order of its batch."""
     if input._ragged_idx != 1:
         raise NotImplementedError(
             f"blockdiag.linear: expected a jagged input to be ragged in dimension 1, but it is in {input._ragged_idx}: "
@@ -55,13 +57,19 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together, or a size exceeds BLAS's 32-bit integers. Raised
             before any work is done.
-        NotImplementedError: the tensors are on a device that blockdiag has no kernels for, or was built without.
+        NotImplementedError: the tensors are on a device that blockdiag has no kernels for, or was built without; or of
+            a layout that it does not take (sparse, quantized, strided nested tensors).
+
+    See :class:`blockdiag.BlockDiagLinear` for the module.
 
     Example::
 
+        >>> import torch, blockdiag
         >>> x, w, b = torch.randn(128, 4 * 64), torch.randn(4, 32, 64), torch.randn(4 * 32)
         >>> blockdiag.linear(x, w, b).shape
         torch.Size([128, 128])
+        >>> blockdiag.linear(x.view(128, 4, 64), w, b).shape  # stacked
+        torch.Size([128, 4, 32])
     """
     if not torch.jit.is_scripting() and is_jagged(input):
         return of_jagged(torch.ops.blockdiag.linear, input, weight, bias)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import blockdiag
 from blockdiag.__main__ import report
-from blockdiag.nn.factors import near_square_blocks
+from blockdiag.compression.factorize import near_square_blocks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

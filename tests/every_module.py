@@ -41,9 +41,9 @@ def _linear(batch: int) -> tuple[Tensor, ...]:
     return (torch.randn(batch, 12),)
 
 
-def _conv(kind: type, dims: int, **settings: Any) -> Case:
+def _conv(dims: int, **settings: Any) -> Case:
     return Case(
-        lambda **options: blockdiag.LowRankConv(kind(4, 6, 3, **settings, **options), 2),
+        lambda **options: blockdiag.LowRankConv(4, 6, (3,) * dims, 2, **settings, **options),
         lambda batch: (torch.randn(batch, 4, *[5] * dims),),
         takes_jagged=False,
     )
@@ -51,6 +51,9 @@ def _conv(kind: type, dims: int, **settings: Any) -> Case:
 
 CASES = {
     "BlockDiagLinear": Case(lambda **options: blockdiag.BlockDiagLinear(12, 8, 4, **options), _linear),
+    "BlockDiagLinear, without bias": Case(
+        lambda **options: blockdiag.BlockDiagLinear(12, 8, 4, bias=False, **options), _linear
+    ),
     "PermutedBlockDiagLinear": Case(
         lambda **options: blockdiag.PermutedBlockDiagLinear(12, 8, 4, _INPUT_ORDER, _OUTPUT_ORDER, **options), _linear
     ),
@@ -62,9 +65,9 @@ CASES = {
     ),
     "LowRankLinear": Case(lambda **options: blockdiag.LowRankLinear(12, 8, 3, **options), _linear),
     "MonarchLinear": Case(lambda **options: blockdiag.MonarchLinear(12, 8, (3, 4), 2, **options), _linear),
-    "LowRankConv, 1d": _conv(nn.Conv1d, 1, padding=1, padding_mode="circular"),
-    "LowRankConv, 2d": _conv(nn.Conv2d, 2, groups=2, bias=False),
-    "LowRankConv, 3d": _conv(nn.Conv3d, 3, stride=2),
+    "LowRankConv, 1d": _conv(1, padding=1, padding_mode="circular"),
+    "LowRankConv, 2d": _conv(2, groups=2, bias=False),
+    "LowRankConv, 3d": _conv(3, stride=2),
     "StackedModel": Case(_stacked, lambda batch: (torch.randn(batch, 3, 4),), takes_jagged=False),
     "SplitAttention": Case(
         lambda **options: SplitAttention(nn.MultiheadAttention(12, 3, batch_first=True, add_bias_kv=True, **options)),

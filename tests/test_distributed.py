@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import blockdiag
-from blockdiag import BlockDiagLinear
+from blockdiag import BlockDiagLinear, PermutedBlockDiagLinear
 from blockdiag.distributed import BlockParallel, shard_placement
 
 BLOCKS, IN, OUT, BATCH = 4, 3, 5, 8
@@ -178,6 +178,13 @@ def check_block_parallel() -> None:
     output = layer(x.view(BATCH, BLOCKS, IN))
     assert output.placements == (Shard(1),)
     torch.testing.assert_close(output.full_tensor(), make_model()[0](x.view(BATCH, BLOCKS, IN)))
+
+    blocks = make_model()[0]
+    permuted = PermutedBlockDiagLinear.from_blocks(blocks, torch.randperm(BLOCKS * IN), torch.randperm(BLOCKS * OUT))
+    expected = permuted(x)
+    parallelize_module(permuted, mesh, BlockParallel(output_layouts=Replicate()))
+    assert permuted.weight.to_local().shape == (BLOCKS // mesh.size(), OUT, IN)
+    torch.testing.assert_close(permuted(x), expected)
 
     with pytest.raises(TypeError, match="expected a BlockDiagLinear, but got Linear"):
         parallelize_module(nn.Linear(4, 4), mesh, BlockParallel())

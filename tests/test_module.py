@@ -32,7 +32,10 @@ def test_conversions_round_trip(bias, device):
     linears = [nn.Linear(3, 2, bias=bias, device=device, dtype=torch.float64).eval() for _ in range(4)]
     linears[0].weight.requires_grad_(True)
     layer = BlockDiagLinear.from_linears(linears)
+    assert type(layer) is BlockDiagLinear
     assert not layer.training
+    for linear, block in zip(linears, layer.weight, strict=True):
+        assert torch.equal(linear.weight, block)
     for before, after in zip(linears, layer.to_linears(), strict=True):
         torch.testing.assert_close(after.state_dict(), before.state_dict(), rtol=0, atol=0)
         assert after.weight.data_ptr() != layer.weight.data_ptr()
@@ -58,7 +61,7 @@ def test_from_dense_keeps_the_diagonal_blocks():
     assert torch.equal(layer.bias, dense.bias)
 
 
-def test_initialised_as_its_own_linears():
+def test_initialized_as_its_own_linears():
     """Uniform within 1 / sqrt(in_block), weight and bias: mean and variance of many samples, and the bound."""
     layer = BlockDiagLinear(64 * 25, 64 * 500, 64)
     bound = 1 / math.sqrt(25)

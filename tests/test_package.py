@@ -29,6 +29,22 @@ def test_version_stands_in_one_file():
     assert not any(version in path.read_text() for path in others)
 
 
+def test_import_exposes_what_it_says():
+    """Nothing but the names of ``__all__``: no helper, and no module that is imported along the way."""
+    code = """if True:
+        import blockdiag
+        assert [name for name in dir(blockdiag) if not name.startswith("_")] == sorted(blockdiag.__all__)
+        for each in (getattr(blockdiag, name) for name in blockdiag.__all__):
+            assert getattr(each, "__module__", each.__name__).partition(".")[0] == "blockdiag"
+        for package in (blockdiag.ensemble, blockdiag.nn, blockdiag.functional, blockdiag.compression):
+            assert all(hasattr(package, name) for name in package.__all__)
+        for layer in blockdiag.nn.__all__:
+            assert getattr(blockdiag, layer) is getattr(blockdiag.nn, layer)
+    """
+    result = run(sys.executable, "-c", code, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
 def test_imported_again(tmp_path):
     """As Jupyter's autoreload and plugins of pytest do: each module reloaded, then all deleted and imported anew."""
     code = """if True:

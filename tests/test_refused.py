@@ -19,7 +19,6 @@ from blockdiag import (
     lower_rank,
     replace_linear,
     split_attention,
-    stack_linears,
     stack_models,
 )
 from blockdiag.integrations.transformers import conv1d_to_linear
@@ -84,7 +83,7 @@ def test_layers_that_compute_something_else(make, message):
     layer, other = make(), nn.Linear(8, 8)
     with unchanged(layer):
         for convert in (
-            lambda: stack_linears([other, layer]),
+            lambda: BlockDiagLinear.from_linears([other, layer]),
             lambda: BlockDiagLinear.from_linears([layer]),
             lambda: BlockDiagLinear.from_dense(layer, 2),
         ):
@@ -96,7 +95,7 @@ def test_layers_that_compute_what_their_weight_says():
     x = torch.randn(3, 8)
     for layer in (Named(8, 8), parametrizations.weight_norm(nn.Linear(8, 8))):
         torch.testing.assert_close(BlockDiagLinear.from_dense(layer, 1)(x), layer(x))
-        torch.testing.assert_close(stack_linears([layer])(x), layer(x))
+        torch.testing.assert_close(BlockDiagLinear.from_linears([layer])(x), layer(x))
     layer = BlockDiagLinear(8, 8, 2)
     by_lambda(layer)
     for back in (layer.to_dense, layer.to_linears):
@@ -352,7 +351,7 @@ def test_blocks_with_another_forward_do_not_become_dense(change):
     change(layer)
     permuted = PermutedBlockDiagLinear(4, 4, 2, [1, 0, 3, 2])
     change(permuted)
-    for convert in (layer.to_dense, layer.to_linears, DoubledBlocks(8, 4, 2).to_dense, permuted.unpermuted):
+    for convert in (layer.to_dense, layer.to_linears, DoubledBlocks(8, 4, 2).to_dense, permuted.to_dense):
         with pytest.raises(ValueError, match=r"would be lost|may compute something else"):
             convert()
 

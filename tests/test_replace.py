@@ -25,7 +25,7 @@ def test_what_is_block_diagonal_is_computed_exactly(permute, calibrated, device)
     new, report = replace_linear(model, {"0": 4, "2": 2}, permute=permute, calibration=calibration, progress=False)
     torch.testing.assert_close(new(x), model(x))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    assert isinstance(new[0], BlockDiagLinear)
+    assert type(new[0]) is (PermutedBlockDiagLinear if permute else BlockDiagLinear)
     assert [layer.error for layer in report.layers] == [pytest.approx(0, abs=1e-6)] * 2
     if not permute:
         assert type(new[0]) is type(new[2]) is BlockDiagLinear

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from blockdiag import BlockDiagLinear, stack_linears, stack_models
+from blockdiag import stack_models
 
 
 def make_mlp():
@@ -215,7 +215,7 @@ def hooked():
         ([hooked(), hooked()], "'0' has hooks"),
         ([Scaled()], "'' is a Scaled with tensors that cannot be stacked"),
         ([nn.Sequential(nn.Conv2d(3, 3, 1))], "'0' is a Conv2d with tensors that cannot be stacked"),
-        ([nn.Sequential(nn.LayerNorm((2, 3)))], "'0' normalises over 2 dimensions; only 1 can be stacked"),
+        ([nn.Sequential(nn.LayerNorm((2, 3)))], "'0' normalizes over 2 dimensions; only 1 can be stacked"),
         ([nn.Sequential(nn.Softmax(1))], "'0' is over dimension 1; set dim=-1"),
         ([nn.Sequential(nn.Linear(3, 3), nn.Flatten())], r"nn.Flatten can be stacked at the start"),
         ([nn.Sequential(nn.MaxPool1d(2))], "'0' is a MaxPool1d, which cannot be stacked"),
@@ -230,14 +230,6 @@ def test_a_stacked_input_has_one_part_for_each_model():
     stacked = stack_models([nn.Sequential(nn.Linear(3, 3))] * 2)
     with pytest.raises(ValueError, match="expected one input for each of 2 models in the first dimension"):
         stacked(torch.randn(3, 4, 3), stacked=True)
-
-
-def test_stack_linears():
-    linears = [nn.Linear(3, 2) for _ in range(4)]
-    layer = stack_linears(linears)
-    assert type(layer) is BlockDiagLinear
-    for linear, block in zip(linears, layer.weight, strict=True):
-        assert torch.equal(linear.weight, block)
 
 
 @pytest.mark.parametrize("shared", [nn.GELU(), nn.Linear(8, 8)], ids=["activation", "layer"])

@@ -68,7 +68,7 @@ def test_optimizers_are_rebound(optimizer, permute):
     def dense(layer, blocks):
         """A tensor of the new layer's blocks where it was in the dense weight."""
         probe = copy.deepcopy(layer)
-        probe.weight = nn.Parameter(blocks.detach().clone())
+        getattr(probe, "blocks", probe).weight = nn.Parameter(blocks.detach().clone())
         return probe.to_dense().weight.detach()
 
     for index in (0, 2):

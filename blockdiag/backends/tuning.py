@@ -34,6 +34,14 @@ def preferred_cuda_gemm(name: str | None = None) -> str:
     Raises:
         ValueError: there is no such library.
         RuntimeError: blockdiag was built without CUDA.
+
+    Example::
+
+        >>> import blockdiag
+        >>> if blockdiag.build_info()["cuda"] != "none":
+        ...     before = blockdiag.preferred_cuda_gemm()
+        ...     assert blockdiag.preferred_cuda_gemm("cublaslt") == "cublaslt"
+        ...     before = blockdiag.preferred_cuda_gemm(before)
     """
     if not hasattr(extension, "preferred_cuda_library"):
         raise RuntimeError("blockdiag.preferred_cuda_gemm: expected a build of blockdiag with CUDA, but this has none")
@@ -65,6 +73,13 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
+
+    Example::
+
+        >>> import torch, blockdiag
+        >>> model, batch = blockdiag.BlockDiagLinear(256, 128, num_blocks=4), torch.randn(32, 256)
+        >>> with blockdiag.tune("tuning.json"):
+        ...     output = model(batch)
     """
     with _tuning(path, measure):
         yield

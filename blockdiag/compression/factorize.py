@@ -1,5 +1,6 @@
 """Dense linear layers and convolutions become products of smaller ones: low rank, or Monarch."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from blockdiag.compression.select import (
     attention_projections,
     select,
 )
-from blockdiag.nn.factors import LowRankConv, LowRankLinear, MonarchLinear, near_square_blocks
+from blockdiag.nn import LowRankConv, LowRankLinear, MonarchLinear
 
 
 class _Matrices(NamedTuple):
@@ -184,6 +185,11 @@ def lower_rank(
     )
 
 
+def near_square_blocks(features: int) -> int:
+    """The largest divisor of `features` up to its square root: as many blocks as Monarch's, or fewer."""
+    return max(d for d in range(1, math.isqrt(features) + 1) if features % d == 0)
+
+
 def _monarch_blocks(selected: Selected, num_blocks: int | tuple[int, int] | None) -> tuple[int, int]:
     layer = selected.layer
     if num_blocks is None:
@@ -315,7 +321,7 @@ def _empty_layer(old: Any, num_blocks: tuple[int, int], rank: int) -> Any:
     device = _first_parameter(old).device
     if hasattr(old, "in_channels"):
         with random_state_kept():  # on the meta device, and then emptied, it would lose its memory format
-            return LowRankConv(old, rank)
+            return LowRankConv.from_conv(old, rank)
     arguments = (rank, old.bias is not None, "meta", _first_parameter(old).dtype)
     if isinstance(old, MonarchLinear) or num_blocks != (1, 1):
         return MonarchLinear(old.in_features, old.out_features, num_blocks, *arguments).to_empty(device=device)

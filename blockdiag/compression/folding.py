@@ -3,6 +3,7 @@
 Which ones follows from the model's structure alone, never from values, so that models converted alike are alike.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from blockdiag._surgery.plain import has_hooks
 from blockdiag._surgery.trace import graphs
 from blockdiag.compression.convert import Change
 from blockdiag.compression.select import has_parameters_to_itself
-from blockdiag.nn.factors import PermutedBlockDiagLinear
+from blockdiag.nn.permuted_block_diag_linear import PermutedBlockDiagLinear
 
 
 def _followed_by(model: nn.Module, graph: fx.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -102,5 +103,7 @@ def fold_permutations(model: nn.Module, changes: list[Change]) -> list[Reorderin
             and layer.input_permutation is None
             and layer.output_permutation is None
         ):
-            change.replacement.new = layer.unpermuted()
+            change.replacement.new = layer.blocks
+            for heir in itertools.chain.from_iterable(change.replacement.heirs.values()):
+                heir.name = heir.name.removeprefix("blocks.")
     return reorderings

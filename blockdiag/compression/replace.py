@@ -16,7 +16,7 @@ from blockdiag.compression.moments import Calibration, Moments, exact
 from blockdiag.compression.report import Step
 from blockdiag.compression.select import IN_ATTENTION, LINEARS, Policy, Selected, attention_projections, select
 from blockdiag.nn.block_diag_linear import BlockDiagLinear
-from blockdiag.nn.factors import PermutedBlockDiagLinear
+from blockdiag.nn.permuted_block_diag_linear import PermutedBlockDiagLinear
 
 
 def replace_linear(
@@ -202,20 +202,18 @@ def _make_layers(
     """The layers with these blocks, one weight for all of them."""
     num_blocks = len(blocks)
     first: Any = None
+    prefix = "blocks." if permuted else ""
     biases: dict[nn.Parameter, nn.Parameter] = {}
     changes = []
     for layer, names in zip(selected.layers, selected.names, strict=True):
         old: Any = layer
-        kind = PermutedBlockDiagLinear if permuted else BlockDiagLinear
-        new: Any = kind._empty_like(old, old.in_features, old.out_features, num_blocks)
-        if permuted:
-            new.input_permutation, new.output_permutation = columns.clone(), rows.argsort()
+        new: Any = BlockDiagLinear._empty_like(old, old.in_features, old.out_features, num_blocks)
         if first is None:
             first = new
             fill(new.weight, blocks)
         else:
             new.weight = first.weight
-        heir = Heir("weight", new.weight, lambda t: projection.diagonal_blocks(t, rows, columns, num_blocks))
+        heir = Heir(f"{prefix}weight", new.weight, lambda t: projection.diagonal_blocks(t, rows, columns, num_blocks))
         heirs = {old.weight: [heir]}
         if old.bias is not None:
             if old.bias in biases:
@@ -223,6 +221,8 @@ def _make_layers(
             else:
                 fill(new.bias, (exact(old.bias) + shifts.get(layer, 0))[rows])
                 biases[old.bias] = new.bias
-            heirs[old.bias] = [Heir("bias", new.bias, lambda t: t[rows])]
+            heirs[old.bias] = [Heir(f"{prefix}bias", new.bias, lambda t: t[rows])]
+        if permuted:
+            new = PermutedBlockDiagLinear.from_blocks(new, columns, rows.argsort())
         changes.append(Change(Replacement(names, old, new, heirs), steps))
     return changes

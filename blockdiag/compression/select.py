@@ -15,8 +15,7 @@ from torch.nn.utils import parametrize
 
 from blockdiag._surgery.plain import has_own_forward, why_not_plain
 from blockdiag._surgery.sharing import check_sharing
-from blockdiag.nn.block_diag_linear import BlockDiagLinear
-from blockdiag.nn.factors import LowRankConv, LowRankLinear, MonarchLinear
+from blockdiag.nn import BlockDiagLinear, LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
 
 # How layers are named: a glob on module names, a regular expression to search them for, several of these, a mapping of
 # these to a setting, or a function of name and layer that returns whether to convert it, or its setting.
@@ -27,7 +26,7 @@ IN_ATTENTION = "torch.nn.MultiheadAttention reads its weight, and never calls it
 LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)  # the latter is nn.MultiheadAttention's out_proj
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FACTORS = (LowRankLinear, LowRankConv, MonarchLinear)
-CONVERTED = (BlockDiagLinear, *FACTORS)
+CONVERTED = (BlockDiagLinear, PermutedBlockDiagLinear, *FACTORS)
 
 
 @dataclass

@@ -1,5 +1,5 @@
 """Several models become one."""
 
-from blockdiag.ensemble.stack import StackedModel, stack_linears, stack_models
+from blockdiag.ensemble.stack import StackedModel, stack_models
 
-__all__ = ["StackedModel", "stack_linears", "stack_models"]
+__all__ = ["StackedModel", "stack_models"]

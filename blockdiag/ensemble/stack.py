@@ -21,7 +21,6 @@ from blockdiag.ensemble.stacked_layers import (
     StackedPReLU,
     StackedRMSNorm,
 )
-from blockdiag.nn.block_diag_linear import BlockDiagLinear
 
 _STACKED: dict[type, Callable[[Sequence[Any]], nn.Module]] = {
     nn.Linear: StackedLinear.from_linears,
@@ -32,11 +31,6 @@ _STACKED: dict[type, Callable[[Sequence[Any]], nn.Module]] = {
 }
 _OVER_FEATURES = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def stack_linears(linears: Sequence[nn.Linear]) -> BlockDiagLinear:
-    """:meth:`BlockDiagLinear.from_linears`: the layer whose block ``g`` computes what ``linears[g]`` computes."""
-    return BlockDiagLinear.from_linears(linears)
 
 
 class StackedModel(nn.Module):
@@ -51,6 +45,19 @@ class StackedModel(nn.Module):
         shared: what is applied to an input before the models part: reshaping.
         stacked: the model on activations :math:`(*, M, \\text{features})`.
         num_models: :math:`M`.
+
+    Raises:
+        ValueError: an input with ``stacked=True`` does not have one part for each model.
+
+    Examples::
+
+        >>> import torch, blockdiag
+        >>> from torch import nn
+        >>> ensemble = blockdiag.stack_models([nn.Sequential(nn.Linear(8, 4), nn.ReLU()) for _ in range(3)])
+        >>> ensemble(torch.randn(32, 8)).shape
+        torch.Size([3, 32, 4])
+        >>> ensemble(torch.randn(3, 32, 8), stacked=True).shape  # an input for each model
+        torch.Size([3, 32, 4])
     """
 
     def __init__(self, shared: nn.Module, stacked: nn.Module, num_models: int, skeleton: nn.Module) -> None:
@@ -58,12 +65,12 @@ class StackedModel(nn.Module):
         self.shared = shared
         self.stacked = stacked
         self.num_models = num_models
-        self._skeleton = (skeleton,)  # one of the models without values, and no submodule of this one
+        self._skeleton = (skeleton,)  # a model without values; in a tuple, it is not registered as a submodule
         self._needs_a_copy = _may_change_its_input(stacked)
 
     def forward(self, input: Tensor, stacked: bool = False) -> Tensor:
         if not torch.jit.is_scripting() and _is_traced(stacked):
-            # torch.fx follows one way through the code, and must not make of the other's input what this way does.
+            # torch.fx traces one branch: the traced module must not compute that for inputs of the other.
             torch._assert(stacked ^ True, "StackedModel: traced by torch.fx, but not with stacked=True")
             stacked = False
         if stacked:
@@ -80,7 +87,17 @@ class StackedModel(nn.Module):
         return self.stacked(rows).movedim(-2, 0)
 
     def to_models(self) -> list[nn.Module]:
-        """The models, with copies of their parameters: the inverse of :func:`stack_models`."""
+        """The models, with copies of their parameters: the inverse of :func:`stack_models`.
+
+        Example::
+
+            >>> import torch, blockdiag
+            >>> from torch import nn
+            >>> models = [nn.Sequential(nn.Linear(8, 4), nn.ReLU()) for _ in range(3)]
+            >>> again = blockdiag.stack_models(models).to_models()
+            >>> torch.equal(again[2][0].weight, models[2][0].weight)
+            True
+        """
         models = [copy.deepcopy(self._skeleton[0]) for _ in range(self.num_models)]
         for index, model in enumerate(models):
             restored: set[nn.Module] = set()
@@ -100,12 +117,12 @@ def _is_traced(value: Any) -> bool:
 
 def _expanded(rows: Tensor, num_models: int) -> Tensor:
     """The same rows for all models: (*, num_models, features)."""
-    # By another tensor, and not by sizes: neither torch.fx nor TorchScript can put these together as Python does.
+    # Broadcast with a tensor rather than to sizes, which neither torch.fx nor TorchScript can put together.
     return torch.broadcast_tensors(rows.unsqueeze(-2), rows.new_empty([num_models, 1]))[0]
 
 
 def _may_change_its_input(model: nn.Module) -> bool:
-    """Whether a layer that works in place may get what goes in, or what goes in may come out."""
+    """Whether an in-place layer may get the input itself, or the input itself may come out."""
     is_sequence = all(type(module) is nn.Sequential for module in model.modules() if module._modules)
     hands_on = True
     for layer in (module for module in model.modules() if not module._modules):
@@ -127,7 +144,7 @@ def _parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
 def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = None) -> StackedModel:
     """One model that computes all of these at once, with copies of their parameters: an ensemble as one network.
 
-    For multilayer perceptrons: models of :class:`torch.nn.Linear`, normalisations (``LayerNorm``, ``RMSNorm``,
+    For multilayer perceptrons: models of :class:`torch.nn.Linear`, normalization (``LayerNorm``, ``RMSNorm``,
     ``BatchNorm1d``), elementwise activations and dropout, ``PReLU``, ``Softmax`` and the like over the last dimension,
     and ``Flatten`` at the start, in :class:`torch.nn.Sequential`. Models with a ``forward`` of their own work if it
     treats all dimensions but the last alike; to make sure, they are compared with the result on an ``example_input``.
@@ -137,9 +154,23 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
         models: trained models of one architecture, dtype, device, mode and ``requires_grad``.
         example_input: an input of one model; required where a model has a ``forward`` of its own.
 
+    Returns:
+        The :class:`~blockdiag.ensemble.StackedModel`, which has a block for each model in its linear layers.
+
     Raises:
         ValueError: there are no models, they differ, have parts that cannot be stacked, or do not compute the same
             stacked.
+
+    Example::
+
+        >>> import torch, blockdiag
+        >>> from torch import nn
+        >>> models = [nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)) for _ in range(3)]
+        >>> ensemble = blockdiag.stack_models(models)
+        >>> x = torch.randn(32, 8)
+        >>> torch.testing.assert_close(ensemble(x), torch.stack([model(x) for model in models]))
+        >>> ensemble.stacked[0]
+        StackedLinear(in_features=24, out_features=48, num_blocks=3, bias=True)
     """
     if not models:
         raise ValueError("stack_models: expected at least one model, but got none")
@@ -155,8 +186,8 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
     for model in models:
         _check_parts(model, example_input)
 
-    skeleton = duplicate(models[0]).to("meta")  # but for attributes that are tensors, which a model needs
-    # A copy of the first: what its modules keep beside parameters is not to be the result's too.
+    skeleton = duplicate(models[0]).to("meta")  # attributes that are plain tensors keep their values
+    # A copy of the first model: the result must not share what its modules keep beside parameters.
     shared, template, sources = _split_off_flattening([duplicate(models[0]), *models[1:]])
     stacked = _stack(template, sources, {})
     result = StackedModel(shared, stacked, len(models), skeleton)
@@ -196,7 +227,7 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
             shape = getattr(module, "normalized_shape", ())
             if len(shape) > 1:
                 raise ValueError(
-                    f"stack_models: '{name}' normalises over {len(shape)} dimensions; only 1 can be stacked"
+                    f"stack_models: '{name}' normalizes over {len(shape)} dimensions; only 1 can be stacked"
                 )
         elif type(module) in _OVER_FEATURES:
             if module.dim != -1:
@@ -261,7 +292,7 @@ def _stack(template: nn.Module, sources: Sequence[nn.Module], memo: dict[nn.Modu
 
 
 def _check_outputs(models: Sequence[nn.Module], result: StackedModel, example_input: Tensor) -> None:
-    """Compares in double precision, where nothing but a mistake makes a difference; in training without dropout."""
+    """Compares outputs in double precision, so that rounding hides no error; in training mode without dropout."""
     dtype = torch.promote_types(example_input.dtype, torch.float64)
     with random_state_kept(), uncompiled(), torch.no_grad():
         copies = [duplicate(model, hooks=False).to(dtype) for model in (*models, result)]

@@ -114,7 +114,7 @@ class StackedBatchNorm1d(nn.Module):
             carry_attributes(parameter, getattr(self.norm, name).requires_grad_(parameter.requires_grad))
 
     def forward(self, input: Tensor) -> Tensor:
-        # What torch.fx traces with is no Tensor, and cannot be compared.
+        # A proxy of torch.fx is no Tensor, and has no sizes to compare.
         if not torch.jit.is_scripting() and isinstance(input, Tensor) and input.dim() != 3:
             raise ValueError(
                 "StackedBatchNorm1d: expected an input (batch, num_models, features), but got the shape "
@@ -140,7 +140,7 @@ class StackedLinear(BlockDiagLinear):
     def forward(self, input: Tensor) -> Tensor:
         if self.in_features > 0:
             return linear(input, self.weight, self.bias)
-        # As rows: of (*, num_models, 0) nobody could tell whether it is (*, in_features).
+        # Concatenated: a stacked input (*, num_models, 0) looks like a concatenated one, (*, in_features).
         output = linear(input.flatten(-2), self.weight, self.bias)
         return output.unflatten(-1, [self.num_blocks, self.out_features // self.num_blocks])
 

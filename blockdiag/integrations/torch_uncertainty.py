@@ -28,6 +28,8 @@ from torch import Tensor, nn
 import blockdiag
 from blockdiag._load import extension
 
+__all__ = ["convert_state_dict", "install", "installed", "uninstall"]
+
 _MODULE = "torch_uncertainty.layers.packed"
 _BLOCKS = ("full", "einsum", "conv1d")  # the implementations whose weight is (num_groups, out_block, in_block)
 _MISSING: Any = object()
@@ -54,10 +56,21 @@ def _packed() -> ModuleType:
 
 
 def install() -> None:
-    """Makes blockdiag what packed linear layers and packed attention projections compute with. Twice is as once.
+    """Makes blockdiag what packed linear layers and packed attention projections compute with. Idempotent.
 
     Raises:
         ImportError: TorchUncertainty is not installed, or older than 0.5.
+
+    Example::
+
+        >>> import torch
+        >>> from torch_uncertainty.layers.packed import PackedLinear
+        >>> from blockdiag.integrations import torch_uncertainty
+        >>> layer = PackedLinear(256, 128, alpha=2, num_estimators=4)
+        >>> torch_uncertainty.install()
+        >>> layer(torch.randn(32, layer.groups * layer.weight.shape[-1])).shape  # layers made before compute by it too
+        torch.Size([32, 256])
+        >>> torch_uncertainty.uninstall()
     """
     if _replaced:
         return
@@ -66,7 +79,7 @@ def install() -> None:
     replacement = _replacement(original)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "torch_uncertainty":
-            # Who imported the function by its name has a reference of their own.
+            # Modules that imported the function by name hold a reference of their own.
             for key in [key for key, value in vars(module).items() if value is original]:
                 _replace(module, key, replacement)
     for kind, convert in (
@@ -77,7 +90,14 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Takes back what :func:`install` did."""
+    """Takes back what :func:`install` did. Idempotent.
+
+    Example::
+
+        >>> from blockdiag.integrations import torch_uncertainty
+        >>> torch_uncertainty.install()
+        >>> torch_uncertainty.uninstall()
+    """
     while _replaced:
         owner, name, value = _replaced.pop()
         if value is _MISSING:
@@ -88,7 +108,20 @@ def uninstall() -> None:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Installed within a ``with`` block, and afterwards as before."""
+    """Installed within a ``with`` block, and afterwards as before.
+
+    Raises:
+        ImportError: TorchUncertainty is not installed, or older than 0.5.
+
+    Example::
+
+        >>> import torch
+        >>> from torch_uncertainty.layers.packed import PackedLinear
+        >>> from blockdiag.integrations import torch_uncertainty
+        >>> layer = PackedLinear(256, 128, alpha=2, num_estimators=4, first=True)
+        >>> with torch_uncertainty.installed():
+        ...     output = layer(torch.randn(32, 256))
+    """
     before = bool(_replaced)
     install()
     try:
@@ -170,6 +203,16 @@ def convert_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
     Raises:
         ImportError: TorchUncertainty is not installed, or older than 0.5.
         ValueError: a dense weight has elements outside of its blocks.
+
+    Example::
+
+        >>> from torch_uncertainty.layers.packed import PackedLinear
+        >>> from blockdiag.integrations import torch_uncertainty
+        >>> old = PackedLinear(256, 128, alpha=2, num_estimators=4, implementation="sparse")
+        >>> new = PackedLinear(256, 128, alpha=2, num_estimators=4, implementation="einsum")
+        >>> state = torch_uncertainty.convert_state_dict(new, old.state_dict())
+        >>> new.load_state_dict(state)
+        <All keys matched successfully>
     """
     packed = _packed()
     result = dict(state_dict)
@@ -222,7 +265,7 @@ def _convert_attention(module: Any, state: dict[str, Any], prefix: str) -> None:
 
 
 def _as_blocks(weight: Tensor, groups: int, prefix: str) -> Tensor | None:
-    """The blocks of a weight in any form that a version stored; None if it has none of these."""
+    """The blocks of a weight in any of the forms that a version stored; None if it has another."""
     if weight.dim() == 3:  # (out_features, in_block, 1) until 0.4, of a convolution
         if weight.shape[0] == groups:
             return weight

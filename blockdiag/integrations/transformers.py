@@ -1,4 +1,4 @@
-"""Hugging Face's models: what stands in the way of converting them."""
+"""Hugging Face's models: a step that makes their layers convertible."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 from blockdiag._surgery.optimizers import Heir
 from blockdiag._surgery.replacement import Replacement, fill
 from blockdiag.compression.convert import exchange
+
+__all__ = ["conv1d_to_linear"]
 
 
 def conv1d_to_linear(
@@ -29,6 +31,18 @@ def conv1d_to_linear(
 
     Raises:
         ValueError: there is no ``Conv1D`` in it, or one is on the meta device, not finite, or shares its parameters.
+
+    Example::
+
+        >>> from torch import nn
+        >>> from transformers.pytorch_utils import Conv1D
+        >>> from blockdiag.integrations.transformers import conv1d_to_linear
+        >>> conv1d_to_linear(nn.Sequential(Conv1D(3072, 768), nn.GELU(), Conv1D(768, 3072)))
+        Sequential(
+          (0): Linear(in_features=768, out_features=3072, bias=True)
+          (1): GELU(approximate='none')
+          (2): Linear(in_features=3072, out_features=768, bias=True)
+        )
     """
     return exchange(
         model,

@@ -1,6 +1,9 @@
-"""The structured layers as modules."""
+"""The structured layers, as modules."""
 
 from blockdiag.nn.block_diag_linear import BlockDiagLinear
-from blockdiag.nn.factors import LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
+from blockdiag.nn.low_rank_conv import LowRankConv
+from blockdiag.nn.low_rank_linear import LowRankLinear
+from blockdiag.nn.monarch_linear import MonarchLinear
+from blockdiag.nn.permuted_block_diag_linear import PermutedBlockDiagLinear
 
 __all__ = ["BlockDiagLinear", "LowRankConv", "LowRankLinear", "MonarchLinear", "PermutedBlockDiagLinear"]

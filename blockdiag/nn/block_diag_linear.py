@@ -1,18 +1,18 @@
 """The block-diagonal linear layer as a module."""
 
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from blockdiag._surgery.plain import carry_attributes, why_not_plain
 from blockdiag.functional import linear
+from blockdiag.nn._shared import Unquantized, check_own_forward
 
 
-class BlockDiagLinear(nn.Module):
+class BlockDiagLinear(Unquantized):
     r"""A linear layer whose weight is block diagonal: ``num_blocks`` independent layers side by side.
 
     The input's features are split into ``num_blocks`` equal slices, slice ``g`` goes through block ``g``, and the
@@ -34,9 +34,9 @@ class BlockDiagLinear(nn.Module):
 
     Attributes:
         weight: the learnable weights, of shape ``(num_blocks, out_features // num_blocks, in_features // num_blocks)``.
-            Each block is initialised as the weight of its own :class:`torch.nn.Linear`, from
+            Each block is initialized as the weight of its own :class:`torch.nn.Linear`, from
             :math:`\mathcal{U}(-\sqrt{k}, \sqrt{k})`, where :math:`k = \text{num\_blocks} / \text{in\_features}`.
-        bias: the learnable bias, of shape ``(out_features,)``, initialised from the same distribution; ``None`` if
+        bias: the learnable bias, of shape ``(out_features,)``, initialized from the same distribution; ``None`` if
             ``bias`` is ``False``.
 
     Raises:
@@ -44,11 +44,17 @@ class BlockDiagLinear(nn.Module):
 
     Examples::
 
-        >>> layer = BlockDiagLinear(in_features=256, out_features=128, num_blocks=4)
+        >>> import torch, blockdiag
+        >>> layer = blockdiag.BlockDiagLinear(in_features=256, out_features=128, num_blocks=4)
         >>> layer(torch.randn(32, 256)).shape
         torch.Size([32, 128])
+        >>> layer(torch.randn(32, 4, 64)).shape  # stacked: a slice for each block
+        torch.Size([32, 4, 32])
+
+    See :func:`blockdiag.linear` for the function, and :class:`PermutedBlockDiagLinear` for blocks of any features.
     """
 
+    _quantize_as = "to_dense() or to_linears()"
     __constants__: ClassVar[list[str]] = ["in_features", "num_blocks", "out_features"]
     in_features: int
     out_features: int
@@ -92,15 +98,6 @@ class BlockDiagLinear(nn.Module):
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "qconfig":  # by torch.ao.quantization, on every module, be it one that it can quantize or not
-            warnings.warn(
-                f"torch.ao.quantization has no quantized form of {type(self).__name__}, and leaves it as it is, unless "
-                "you give it a mapping with one. To quantize it, convert it by to_dense() or to_linears() before",
-                stacklevel=2,
-            )
-        super().__setattr__(name, value)
-
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
@@ -117,6 +114,13 @@ class BlockDiagLinear(nn.Module):
         Raises:
             ValueError: there are none, they differ in size, dtype, device, bias or ``requires_grad``, or one computes
                 something else than :class:`torch.nn.Linear`, or has hooks.
+
+        Example::
+
+            >>> import torch, blockdiag
+            >>> linears = [torch.nn.Linear(64, 32) for _ in range(4)]
+            >>> blockdiag.BlockDiagLinear.from_linears(linears)
+            BlockDiagLinear(in_features=256, out_features=128, num_blocks=4, bias=True)
         """
         if not linears:
             raise ValueError("BlockDiagLinear.from_linears: expected at least one nn.Linear, but got none")
@@ -139,7 +143,17 @@ class BlockDiagLinear(nn.Module):
         return layer
 
     def to_linears(self) -> list[nn.Linear]:
-        """``num_blocks`` :class:`torch.nn.Linear` with copies of the blocks: the inverse of :meth:`from_linears`."""
+        """``num_blocks`` :class:`torch.nn.Linear` with copies of the blocks: the inverse of :meth:`from_linears`.
+
+        Raises:
+            ValueError: the layer has hooks or a replaced forward.
+
+        Example::
+
+            >>> import blockdiag
+            >>> blockdiag.BlockDiagLinear(4, 6, num_blocks=2).to_linears()
+            [Linear(in_features=2, out_features=3, bias=True), Linear(in_features=2, out_features=3, bias=True)]
+        """
         return [self._dense(weight, bias) for weight, bias in zip(self.weight, self._block_biases(), strict=True)]
 
     @classmethod
@@ -149,6 +163,14 @@ class BlockDiagLinear(nn.Module):
         Raises:
             ValueError: ``num_blocks`` is not positive, or does not divide the features of ``linear``; or that computes
                 something else than :class:`torch.nn.Linear`, or has hooks.
+
+        Example::
+
+            >>> import torch, blockdiag
+            >>> dense = torch.nn.Linear(4, 6)
+            >>> layer = blockdiag.BlockDiagLinear.from_dense(dense, num_blocks=2)
+            >>> torch.equal(layer.weight[1], dense.weight[3:, 2:])
+            True
         """
         _check_plain("BlockDiagLinear.from_dense: linear", linear)
         layer = cls._empty_like(linear, linear.in_features, linear.out_features, num_blocks)
@@ -161,7 +183,18 @@ class BlockDiagLinear(nn.Module):
         return layer
 
     def to_dense(self) -> nn.Linear:
-        """One :class:`torch.nn.Linear` that computes the same, its weight full of zeros off the diagonal blocks."""
+        """One :class:`torch.nn.Linear` that computes the same, its weight full of zeros off the diagonal blocks.
+
+        Raises:
+            ValueError: the layer has hooks or a replaced forward.
+
+        Example::
+
+            >>> import torch, blockdiag
+            >>> layer = blockdiag.BlockDiagLinear(4, 6, num_blocks=2)
+            >>> torch.equal(layer.to_dense().weight, torch.block_diag(*layer.weight))
+            True
+        """
         return self._dense(torch.block_diag(*self.weight), self.bias)
 
     @classmethod
@@ -206,14 +239,6 @@ class BlockDiagLinear(nn.Module):
                 dense.bias.requires_grad_(self.bias.requires_grad)
                 carry_attributes(self.bias, dense.bias)
         return dense.train(self.training)
-
-
-def check_own_forward(layer: nn.Module) -> None:
-    """Raises if a layer of ours computes something else than its class here does."""
-    kind = next(base for base in type(layer).__mro__ if base.__module__.startswith("blockdiag."))
-    reason = why_not_plain(layer, kind)
-    if reason is not None:
-        raise ValueError(f"{kind.__name__}: {reason}")
 
 
 def _check_plain(what: str, linear: nn.Linear) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["translation_table"]
+
 _TORCHLIB = "torch.onnx._internal.exporter._torchlib"  # what torch.onnx.export can translate
 _TRANSLATIONS = f"{_TORCHLIB}.ops"  # imported, for what registers itself there, when they are first asked for
 
@@ -25,13 +27,15 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Example::
 
-        >>> torch.onnx.export(
-        ...     model,
-        ...     (x,),
+        >>> import torch, blockdiag
+        >>> program = torch.onnx.export(
+        ...     blockdiag.BlockDiagLinear(8, 4, num_blocks=2),
+        ...     (torch.randn(3, 8),),
         ...     "model.onnx",
         ...     dynamo=True,
         ...     dynamic_shapes=({0: "batch"},),
         ...     custom_translation_table=blockdiag.registration.onnx.translation_table(),
+        ...     verbose=False,
         ... )
     """
     try:
@@ -93,7 +97,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 
 def register_translation() -> None:
-    """Makes the translation known to :func:`torch.onnx.export`. Twice is as once."""
+    """Makes the translation known to :func:`torch.onnx.export`. Idempotent."""
     if _TRANSLATIONS in sys.modules:
         _register()
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
