@@ -3,7 +3,7 @@
 from blockdiag._load import extension as _extension
 from blockdiag.backends.tuning import preferred_cuda_gemm, tune
 from blockdiag.backends.tuning import tune_from_environment as _tune_from_environment
-from blockdiag.compression import factorize, lower_rank, replace_linear, split_attention
+from blockdiag.compression import BlockDiagonal, LowRank, Monarch, compress, split_attention
 from blockdiag.ensemble import stack_models
 from blockdiag.functional import linear
 from blockdiag.nn import BlockDiagLinear, LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
@@ -13,22 +13,23 @@ from blockdiag.registration.vmap import register_batching_rules as _register_bat
 
 __all__ = [
     "BlockDiagLinear",
+    "BlockDiagonal",
+    "LowRank",
     "LowRankConv",
     "LowRankLinear",
+    "Monarch",
     "MonarchLinear",
     "PermutedBlockDiagLinear",
     "backends",
     "build_info",
+    "compress",
     "compression",
     "ensemble",
-    "factorize",
     "functional",
     "linear",
-    "lower_rank",
     "nn",
     "preferred_cuda_gemm",
     "registration",
-    "replace_linear",
     "split_attention",
     "stack_models",
     "tune",

@@ -1,11 +1,11 @@
 """Compresses a trained dense network in three ways, and shows on scikit-learn's handwritten digits whether that pays.
 
-A network PIXELS -> hidden -> hidden -> CLASSES is trained; its hidden layer is then replaced by diagonal blocks
-(blockdiag.replace_linear, with permutations), by a low-rank and by a Monarch product (blockdiag.factorize), each fitted
-to the training images and fine-tuned briefly, at several budgets of parameters. Accuracy on held-out digits,
-parameters, FLOPs and measured latency are printed and plotted beside the dense network's, and beside those of smaller
-dense networks of the same budgets trained from scratch: the baseline to beat. Once for a wide network, and once for a
-narrow one. Accuracies are means over several splits of the data.
+A network PIXELS -> hidden -> hidden -> CLASSES is trained; its hidden layer is then compressed (blockdiag.compress) to
+permuted diagonal blocks, to a low-rank and to a Monarch product, each fitted to the training images and fine-tuned
+briefly, at several budgets of parameters. Accuracy on held-out digits, parameters, FLOPs and measured latency are
+printed and plotted beside the dense network's, and beside those of smaller dense networks of the same budgets trained
+from scratch: the baseline to beat. Once for a wide network, and once for a narrow one. Accuracies are means over
+several splits of the data.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import blockdiag
 from blockdiag.__main__ import report
-from blockdiag.compression.factorize import near_square_blocks
+from blockdiag.compression.monarch import near_square_blocks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,21 +35,9 @@ PIXELS, CLASSES = 64, 10
 HIDDEN_LAYER = "2"
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 METHODS = {
-    "blocks": lambda model, budget, images: blockdiag.replace_linear(
-        model, HIDDEN_LAYER, parameter_budget=budget, permute=True, calibration=[images], progress=False
-    ),
-    "low rank": lambda model, budget, images: blockdiag.factorize(
-        model, HIDDEN_LAYER, min_features=0, operation_budget=budget, calibration=[images], progress=False
-    ),
-    "Monarch": lambda model, budget, images: blockdiag.factorize(
-        model,
-        HIDDEN_LAYER,
-        min_features=0,
-        method="monarch",
-        operation_budget=budget,
-        calibration=[images],
-        progress=False,
-    ),
+    "blocks": blockdiag.BlockDiagonal(permute=True),
+    "low rank": blockdiag.LowRank(min_features=0),
+    "Monarch": blockdiag.Monarch(min_features=0),
 }
 MARKERS = {"dense": "*", "blocks": "o", "low rank": "s", "Monarch": "^", "smaller dense": "x"}
 
@@ -169,7 +157,10 @@ def study(hidden: int, arguments: argparse.Namespace, device: torch.device) -> l
                 model = make_network(smaller_hidden(costs(dense)[0] - round((1 - budget) * weights)), device)
                 train(model, data, arguments.epochs + arguments.fine_tuning, 3e-3)
             else:
-                model, conversion = METHODS[method](dense, budget, data.train_images)
+                images = [data.train_images]
+                model, conversion = blockdiag.compress(
+                    dense, METHODS[method], HIDDEN_LAYER, budget=budget, calibration=images, progress=False
+                )
                 if split == 0 and budget == BUDGETS[1]:
                     tqdm.write(f"\n{method}, {budget:g} of the hidden layer:\n{conversion}")
                 before = accuracy(model, data)

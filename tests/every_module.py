@@ -27,13 +27,13 @@ def _stacked(**options: Any) -> nn.Module:
     return blockdiag.stack_models([model() for _ in range(3)])
 
 
-def _replaced(**options: Any) -> nn.Module:
-    """What conversions make of a model that is traced, scripted and exported as a whole."""
+def _compressed(**options: Any) -> nn.Module:
+    """A compressed model, to be traced, scripted and exported as a whole."""
     with torch.device("cpu"):  # a model without values is not converted
         model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
-        model, _ = blockdiag.replace_linear(model, "0", num_blocks=2, progress=False)
-        model, _ = blockdiag.factorize(model, "2", latent_features=2, min_features=1, progress=False)
-        model, _ = blockdiag.factorize(model, "4", method="monarch", min_features=1, progress=False)
+        low_rank, monarch = blockdiag.LowRank(rank=2, min_features=1), blockdiag.Monarch(min_features=1)
+        configs = {"0": blockdiag.BlockDiagonal(2), "2": low_rank, "4": monarch}
+        model, _ = blockdiag.compress(model, configs, progress=False)
     return model.to(**{"device": torch.get_default_device(), **options})
 
 
@@ -74,7 +74,7 @@ CASES = {
         lambda batch: tuple(torch.randn(batch, 5, 12) for _ in range(3)),
         takes_jagged=False,
     ),
-    "a converted model": Case(_replaced, _linear),
+    "a compressed model": Case(_compressed, _linear),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from unchanged import unchanged
 
-from blockdiag import PermutedBlockDiagLinear, factorize, replace_linear
+from blockdiag import BlockDiagonal, LowRank, PermutedBlockDiagLinear, compress
 from models import mlp
 
 ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.Identity, lambda: nn.Dropout(0.1), lambda: nn.Softmax(-1)]
@@ -48,14 +48,14 @@ def special(model, seed):
 def test_checkpoints_of_models_converted_alike(seed):
     pytest.importorskip("sklearn")
     torch.manual_seed(seed)
-    model, policy, x = random_model(seed)
+    model, blocks, x = random_model(seed)
     others = [random_model(seed)[0], special(random_model(seed)[0], seed), special(random_model(seed)[0].train(), seed)]
     calibration = [x] if seed % 2 else None
-    options = {"permute": True, "progress": False}
-    trained, _ = replace_linear(model, policy, calibration=calibration, **options)
+    configs = {name: BlockDiagonal(num_blocks, permute=True) for name, num_blocks in blocks.items()}
+    trained, _ = compress(model, configs, calibration=calibration, progress=False)
     for other in others:
         with torch.no_grad():
-            fresh, _ = replace_linear(other, policy, **options)
+            fresh, _ = compress(other, configs, progress=False)
         assert list(fresh.state_dict()) == list(trained.state_dict())
         assert repr(fresh) == repr(trained)
         for source, target in ((trained, fresh), (fresh, trained)):
@@ -78,12 +78,12 @@ class Gated(nn.Module):
 
 
 def test_what_depends_on_values_is_not_folded():
-    states = [replace_linear(Gated(g), num_blocks=2, permute=True, progress=False)[0].state_dict() for g in (0, 1)]
+    states = [compress(Gated(g), BlockDiagonal(2, permute=True), progress=False)[0].state_dict() for g in (0, 1)]
     assert list(states[0]) == list(states[1])
     assert "up.output_permutation" in states[0]
     head = mlp(8, 8, 4)
     head[2].weight.data[0, 0] = torch.nan  # of a neighbor values do not matter
-    new, _ = replace_linear(head, "0", num_blocks=2, permute=True, progress=False)
+    new, _ = compress(head, BlockDiagonal(2, permute=True), "0", progress=False)
     assert new[0].output_permutation is None
 
 
@@ -104,11 +104,11 @@ def test_nothing_is_folded_where_somebody_sees_the_features():
     hooked = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 8))
     hooked[0].register_forward_hook(lambda *_: None)
     for model, first in ((kept, "up"), (hooked, "0.0")):
-        new, _ = replace_linear(model, num_blocks=4, permute=True, progress=False)
+        new, _ = compress(model, BlockDiagonal(4, permute=True), progress=False)
         assert new.get_submodule(first).output_permutation is not None
     hooked[0]._forward_hooks.clear()
     hooked.register_forward_hook(lambda *_: None)  # sees inputs and outputs, which stay
-    new, _ = replace_linear(hooked, num_blocks=4, permute=True, progress=False)
+    new, _ = compress(hooked, BlockDiagonal(4, permute=True), progress=False)
     assert new[0][0].output_permutation is None
 
 
@@ -136,14 +136,14 @@ def test_folded_beside_parameters_buffers_and_compiled_code(training, compiled):
     elif compiled == "in place":
         model.compile(backend="eager")
     with unchanged(model):
-        new, _ = replace_linear(model, num_blocks=4, permute=True, progress=False)
+        new, _ = compress(model, BlockDiagonal(4, permute=True), progress=False)
     up, down = getattr(new, "_orig_mod", new).up, getattr(new, "_orig_mod", new).down
     assert type(up) is type(down) is PermutedBlockDiagLinear
     assert up.output_permutation is None
     plain = Positions()
     plain.load_state_dict(getattr(model, "_orig_mod", model).state_dict())
     plain.up.register_forward_hook(lambda *_: None)
-    expected, _ = replace_linear(plain, num_blocks=4, permute=True, progress=False)
+    expected, _ = compress(plain, BlockDiagonal(4, permute=True), progress=False)
     assert expected.up.output_permutation is not None
     torch.testing.assert_close(new(x), expected(x))
 
@@ -166,8 +166,8 @@ def test_a_model_served_beside_conversions():
     def convert():
         try:
             for _ in range(15):
-                replace_linear(mlp(8, 8, 8), num_blocks=2, permute=True, calibration=[x.repeat(4, 1)], progress=False)
-                factorize(mlp(8, 8), min_features=0, calibration=[x.repeat(4, 1)], progress=False)
+                compress(mlp(8, 8, 8), BlockDiagonal(2, permute=True), calibration=[x.repeat(4, 1)], progress=False)
+                compress(mlp(8, 8), LowRank(min_features=0), calibration=[x.repeat(4, 1)], progress=False)
         except BaseException as error:
             errors.append(error)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from blockdiag import BlockDiagLinear, LowRankLinear, factorize, replace_linear, split_attention
+from blockdiag import BlockDiagLinear, BlockDiagonal, LowRank, LowRankLinear, compress, split_attention
 from blockdiag.compression import SplitAttention
 
 BATCH, QUERIES, KEYS, HEADS = 3, 5, 7, 4
@@ -90,11 +90,11 @@ def test_transformer(training):
 def test_projections_are_converted_as_other_layers():
     model = split_attention(nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)).eval()
     x = torch.randn(8, 50, 32)
-    low_rank, report = factorize(model, "*_proj", min_features=0, calibration=[x], progress=False)
+    low_rank, report = compress(model, LowRank(min_features=0), "*_proj", calibration=[x], progress=False)
     assert len(report.layers) == 8
     assert all(layer.calibrated for layer in report.layers)
     assert type(low_rank.layers[1].self_attn.q_proj) is LowRankLinear
-    blocks, _ = replace_linear(model, "*_proj", num_blocks=4, calibration=[x], progress=False)
+    blocks, _ = compress(model, BlockDiagonal(4), "*_proj", calibration=[x], progress=False)
     assert type(blocks.layers[0].self_attn.out_proj) is BlockDiagLinear
     for converted in (low_rank, blocks):
         assert converted(x).shape == x.shape

@@ -80,24 +80,26 @@ def check_conversion_under_ddp(method: str) -> None:
     """Each process calibrates on its own inputs; what comes out is one model, that of all inputs, and trains on."""
     dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)).double()
     x = torch.randn(400, 16, dtype=torch.float64).cumsum(-1)
-    arguments = {"max_error": 0.3, "min_features": 0, "progress": False, "method": method}
+    config = blockdiag.LowRank(max_error=0.3, min_features=0)
     if method == "monarch":
-        arguments["num_blocks"] = 2
+        config = blockdiag.Monarch(num_blocks=2, max_error=0.3, min_features=0)
 
     model = DistributedDataParallel(dense)
     part = x.chunk(dist.get_world_size())[dist.get_rank()]
     optimizer = torch.optim.Adam(model.parameters())
     model(part).square().mean().backward()
     optimizer.step()
-    alone, expected = blockdiag.factorize(dense, calibration=[x], **arguments)
+    alone, expected = blockdiag.compress(dense, config, calibration=[x], progress=False)
     # What fails in one process fails in all, and none waits for another; one may give no inputs of its own.
     failing = [part[:, 1:]] if dist.get_rank() == 0 else [part]
     with pytest.raises(ValueError, match=r"failed on calibration batch 0|failed in 1 other processes"):
-        blockdiag.factorize(model, calibration=failing, inplace=True, **arguments)
+        blockdiag.compress(model, config, calibration=failing, inplace=True, progress=False)
     only_first = (lambda dense: dense(x)) if dist.get_rank() == 0 else (lambda dense: None)
-    _, report = blockdiag.factorize(model, calibration=only_first, dry_run=True, **arguments)
+    _, report = blockdiag.compress(model, config, calibration=only_first, dry_run=True, progress=False)
     assert [layer.after for layer in report.layers] == [layer.after for layer in expected.layers]
-    converted, report = blockdiag.factorize(model, calibration=[part], optimizers=optimizer, inplace=True, **arguments)
+    converted, report = blockdiag.compress(
+        model, config, calibration=[part], optimizers=optimizer, inplace=True, progress=False
+    )
     assert isinstance(converted, DistributedDataParallel)
     assert converted.module is dense
     assert [layer.after for layer in report.layers] == [layer.after for layer in expected.layers]

@@ -8,7 +8,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/results/README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-CODE = [page for page in PAGES if page.name != "compression.md"]  # which is rewritten
 
 
 def page_id(page: Path) -> str:
@@ -41,7 +40,7 @@ def code_of(page: Path) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", [page for page in CODE if code_of(page).strip()], ids=page_id)
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page).strip()], ids=page_id)
 def test_code_runs(page, tmp_path, monkeypatch):
     """All blocks of a page, one after the other, in one namespace."""
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,6 @@ NEEDED = {
     "blockdiag.integrations.transformers": "transformers.pytorch_utils",
     "blockdiag.registration.onnx": "onnxscript",
 }
-REPLACED_BY_COMPRESS = {"factorize", "lower_rank", "replace_linear"}
 
 
 def public_objects():
@@ -25,8 +24,7 @@ def public_objects():
         if not any(part.startswith("_") for part in info.name.split("."))
     ]
     named = [getattr(module, name) for module in modules for name in getattr(module, "__all__", ())]
-    objects = {f"{each.__module__}.{each.__qualname__}": each for each in named if callable(each)}
-    return {name: each for name, each in objects.items() if each.__name__ not in REPLACED_BY_COMPRESS}
+    return {f"{each.__module__}.{each.__qualname__}": each for each in named if callable(each)}
 
 
 OBJECTS = public_objects()

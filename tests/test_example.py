@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from blockdiag import compress
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 example = pytest.importorskip("packed_ensemble_digits")
 does_it_pay = pytest.importorskip("does_it_pay")
@@ -71,6 +73,7 @@ def test_smaller_networks_have_about_as_many_parameters():
 def test_methods_keep_their_budgets(method):
     model = does_it_pay.make_network(64, torch.device("cpu"))
     for budget in does_it_pay.budgets(method, 64):
-        converted, _ = does_it_pay.METHODS[method](model, budget, torch.rand(100, 64))
-        weights = sum(p.numel() for p in converted[2].parameters() if p.dim() > 1)
+        config, calibration = does_it_pay.METHODS[method], [torch.rand(100, 64)]
+        compressed, _ = compress(model, config, does_it_pay.HIDDEN_LAYER, budget=budget, calibration=calibration)
+        weights = sum(p.numel() for p in compressed[2].parameters() if p.dim() > 1)
         assert 0.9 * budget * 64 * 64 <= weights <= budget * 64 * 64

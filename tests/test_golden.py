@@ -15,7 +15,7 @@ import torch
 from every_module import CASES, initialized
 
 FOLDER = Path(__file__).parent / "golden"
-NAMES = [name for name in CASES if name != "a converted model"]  # that one is no module of its own
+NAMES = [name for name in CASES if name != "a compressed model"]  # that one is no module of its own
 
 
 def path_of(name):

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from unchanged import snapshot, unchanged
 
 import blockdiag
-from blockdiag import factorize, lower_rank, replace_linear, split_attention, stack_models
+from blockdiag import BlockDiagonal, LowRank, Monarch, compress, split_attention, stack_models
 from blockdiag.integrations.transformers import conv1d_to_linear
 
 CALLS = []
@@ -109,17 +109,15 @@ def inputs():
 
 LAYERS = ["up", "down", "head"]
 CONVERSIONS = {
-    "replace": lambda m, **kw: replace_linear(m, LAYERS, num_blocks=4, measure=4, progress=False, **kw),
-    "permute": lambda m, **kw: replace_linear(m, ["up", "head"], num_blocks=4, permute=True, progress=False, **kw),
-    "calibrated": lambda m, **kw: replace_linear(
-        m, LAYERS, num_blocks=4, permute=True, calibration=inputs(), measure=4, progress=False, **kw
+    "replace": lambda m, **kw: compress(m, BlockDiagonal(4), LAYERS, measure=4, progress=False, **kw),
+    "permute": lambda m, **kw: compress(m, BlockDiagonal(4, permute=True), ["up", "head"], progress=False, **kw),
+    "calibrated": lambda m, **kw: compress(
+        m, BlockDiagonal(4, permute=True), LAYERS, calibration=inputs(), measure=4, progress=False, **kw
     ),
-    "low rank": lambda m, **kw: factorize(m, LAYERS, min_features=0, measure=4, progress=False, **kw),
-    "monarch": lambda m, **kw: factorize(
-        m, LAYERS, method="monarch", min_features=0, calibration=inputs(), progress=False, **kw
-    ),
-    "lower": lambda m, **kw: lower_rank(
-        m, "factored", latent_features=2, calibration=inputs(), measure=4, progress=False, **kw
+    "low rank": lambda m, **kw: compress(m, LowRank(min_features=0), LAYERS, measure=4, progress=False, **kw),
+    "monarch": lambda m, **kw: compress(m, Monarch(min_features=0), LAYERS, calibration=inputs(), progress=False, **kw),
+    "lower": lambda m, **kw: compress(
+        m, LowRank(rank=2), "factored", calibration=inputs(), measure=4, progress=False, **kw
     ),
 }
 EXCHANGES = {"attention": split_attention, "conv1d": conv1d_to_linear}
@@ -266,10 +264,10 @@ def test_hooks_that_calibration_does_not_call_are_told_of():
     prune.l1_unstructured(model[2], "weight", 0.5)  # by a hook too, which computes the weight: it is called
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        replace_linear(model, "0", num_blocks=2, calibration=inputs(), progress=False)
+        compress(model, BlockDiagonal(2), "0", calibration=inputs(), progress=False)
     model[1].register_forward_hook(note)
     with pytest.warns(UserWarning, match="calibration does not call the forward hooks of '1' and others"):
-        replace_linear(model, "0", num_blocks=2, calibration=inputs(), progress=False)
+        compress(model, BlockDiagonal(2), "0", calibration=inputs(), progress=False)
 
 
 def test_calibration_of_what_is_computed_beside_the_layers():
@@ -281,9 +279,9 @@ def test_calibration_of_what_is_computed_beside_the_layers():
     model[1].forward = functools.partial(F.relu)
     compiled = torch.compile(model, backend="eager")
     x = inputs()[0]
-    expected, _ = replace_linear(nn.Sequential(model[2]), num_blocks=2, calibration=[model[:2](x)], progress=False)
+    expected, _ = compress(nn.Sequential(model[2]), BlockDiagonal(2), calibration=[model[:2](x)], progress=False)
     for given, name in ((model, "2"), (compiled, "_orig_mod.2")):
-        new, report = replace_linear(given, name, num_blocks=2, calibration=[x], progress=False)
+        new, report = compress(given, BlockDiagonal(2), name, calibration=[x], progress=False)
         assert report.layers[0].calibrated
         torch.testing.assert_close(new.get_submodule(name).weight, expected[0].weight)
 
@@ -291,12 +289,12 @@ def test_calibration_of_what_is_computed_beside_the_layers():
 def test_attributes_that_cannot_be_copied_are_shared():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight.lock = threading.Lock()
-    new, _ = replace_linear(model, "0", num_blocks=2, progress=False)
+    new, _ = compress(model, BlockDiagonal(2), "0", progress=False)
     assert new[1].weight.lock is model[1].weight.lock
 
 
 def test_lazy_layers_stay_lazy():
     model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(4))
-    replace_linear(model, "0", num_blocks=2, calibration=inputs(), inplace=True, progress=False)
+    compress(model, BlockDiagonal(2), "0", calibration=inputs(), inplace=True, progress=False)
     assert isinstance(model[1], nn.LazyLinear)
     assert model(inputs()[0]).shape == (40, 4)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from blockdiag import LowRankLinear, MonarchLinear
-from blockdiag.compression.factorize import near_square_blocks
+from blockdiag.compression.monarch import near_square_blocks
 
 LAYERS = {
     "low rank": lambda **kw: LowRankLinear(12, 8, 3, **kw),

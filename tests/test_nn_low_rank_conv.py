@@ -54,8 +54,8 @@ def test_memory_format_of_convolutions(conv, memory_format, two_threads):
     layers = [LowRankConv.from_conv(conv, 3)]
     layers.append(LowRankConv.from_conv(layers[0], 2))  # not 1: torch takes a tensor of one channel for contiguous
     if conv.groups == 1:
-        model, _ = blockdiag.factorize(nn.Sequential(conv), latent_channels=3, min_channels=1, progress=False)
-        lower, _ = blockdiag.lower_rank(model, latent_channels=2, progress=False)
+        model, _ = blockdiag.compress(nn.Sequential(conv), blockdiag.LowRank(rank=3, min_features=1), progress=False)
+        lower, _ = blockdiag.compress(model, blockdiag.LowRank(rank=2), progress=False)
         layers += [model[0], lower[0]]
         assert [layer.rank for layer in layers] == [3, 2, 3, 2]
     for layer in layers:

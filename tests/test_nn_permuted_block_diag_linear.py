@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from blockdiag import BlockDiagLinear, PermutedBlockDiagLinear
+from blockdiag import BlockDiagLinear, BlockDiagonal, PermutedBlockDiagLinear, compress
 
 
 @pytest.mark.parametrize("given", ["list", "tensor", "int32", "strided", "array"])
@@ -177,3 +177,11 @@ def test_state_dicts_that_do_not_fit():
             layer.load_state_dict({**state, "other": torch.zeros(1)})
     with pytest.raises(RuntimeError, match=r"size mismatch for blocks\.weight"):
         PermutedBlockDiagLinear(4, 4, 4, [1, 0, 3, 2]).load_state_dict(old_state(layer))
+
+
+def test_compression_takes_it_for_one_layer():
+    model = nn.Sequential(PermutedBlockDiagLinear(8, 8, 2, [7, 6, 5, 4, 3, 2, 1, 0]), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"converted already: \['0'\]"):
+        compress(model, BlockDiagonal(2), "0*", progress=False)
+    new, _ = compress(model, BlockDiagonal(2), "1", progress=False)
+    assert type(new[0].blocks) is BlockDiagLinear

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 from unchanged import unchanged
 
-from blockdiag import factorize, lower_rank, replace_linear, split_attention
+from blockdiag import BlockDiagonal, LowRank, compress, split_attention
 from models import mlp
 
 
-def permuted(model, policy="0", **arguments):
-    return replace_linear(model, policy, num_blocks=2, permute=True, inplace=True, progress=False, **arguments)[0]
+def permuted(model, layers="0", **arguments):
+    return compress(model, BlockDiagonal(2, permute=True), layers, inplace=True, progress=False, **arguments)[0]
 
 
-@pytest.mark.parametrize("policy", ["0", "2"])
-def test_a_neighbor_keeps_its_parameters(policy):
+@pytest.mark.parametrize("layers", ["0", "2"])
+def test_a_neighbor_keeps_its_parameters(layers):
     """Identity, gradients, hooks of modules and requires_grad; and whoever holds it trains it."""
-    neighbor = 2 if policy == "0" else 0
+    neighbor = 2 if layers == "0" else 0
     model = mlp(8, 8, 8)
     model[neighbor].weight.mask = torch.arange(64.0, dtype=torch.float64).view(8, 8)
     model[neighbor].bias.requires_grad_(False)
@@ -30,7 +30,7 @@ def test_a_neighbor_keeps_its_parameters(policy):
     before = grad.clone()
     outside = torch.optim.SGD([parameters[0]], lr=0.1)
     with pytest.warns(UserWarning, match=rf"\['{neighbor}.weight'\] took over permutations of neighbors"):
-        permuted(model, policy)
+        permuted(model, layers)
     assert all(a is b for a, b in zip(model[neighbor].parameters(), parameters, strict=True))
     assert parameters[0].grad is grad
     assert not parameters[1].requires_grad
@@ -162,7 +162,7 @@ def test_optimizers_with_preconditioners(convert, keep, bias):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias), nn.Tanh(), nn.Linear(8, 8, bias))
     if convert == "lower":
-        model = factorize(model, min_features=0, latent_features=3, progress=False)[0]
+        model = compress(model, LowRank(rank=3, min_features=0), progress=False)[0]
     if convert == "attention":
         model = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, bias=bias)
     optimizer = Preconditioned(model.parameters(), keep)
@@ -179,12 +179,12 @@ def test_optimizers_with_preconditioners(convert, keep, bias):
     if convert == "attention":
         split_attention(model, **options)
     elif convert == "low rank":
-        factorize(model, min_features=0, progress=False, **options)
+        compress(model, LowRank(min_features=0), progress=False, **options)
     elif convert == "lower":
-        lower_rank(model, latent_features=2, progress=False, **options)
+        compress(model, LowRank(rank=2), progress=False, **options)
     else:
-        policy = "0" if convert == "neighbor" else "*"
-        replace_linear(model, policy, num_blocks=2, permute=convert != "replace", progress=False, **options)
+        layers = "0" if convert == "neighbor" else "*"
+        compress(model, BlockDiagonal(2, permute=convert != "replace"), layers, progress=False, **options)
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
         step()
@@ -203,7 +203,7 @@ def test_elementwise_state_of_other_optimizers_is_kept():
     optimizer.step()
     optimizer.state[model[0].weight].update(options={"beta": 0.9}, counts=[1, torch.tensor(2)])
     was = optimizer.state[model[0].weight]["momentum_buffer"].clone()
-    replace_linear(model, num_blocks=2, optimizers=optimizer, inplace=True, progress=False)
+    compress(model, BlockDiagonal(2), optimizers=optimizer, inplace=True, progress=False)
     state = optimizer.state[model[0].weight]
     assert torch.equal(state["momentum_buffer"][0], was[:4, :4])
     assert (state["options"], state["counts"]) == ({"beta": 0.9}, [1, torch.tensor(2)])
@@ -225,7 +225,7 @@ def test_a_neighbor_made_in_inference_mode():
     with torch.inference_mode():
         model = mlp(8, 8, 4).requires_grad_(False)
         x = torch.randn(5, 8, dtype=torch.float64)
-        copied, _ = replace_linear(model, "0", num_blocks=2, permute=True, progress=False)
+        copied, _ = compress(model, BlockDiagonal(2, permute=True), "0", progress=False)
     weight = model[2].weight
     with torch.no_grad():
         torch.testing.assert_close(permuted(model)(x), copied(x))
@@ -236,7 +236,7 @@ def test_gradients_are_copies():
     model = nn.Sequential(nn.Linear(8, 8))
     model(torch.randn(3, 8)).sum().backward()
     gradient = model[0].bias.grad
-    factorize(model, min_features=1, latent_features=2, inplace=True, progress=False)
+    compress(model, LowRank(rank=2, min_features=1), inplace=True, progress=False)
     assert torch.equal(model[0].bias.grad, gradient)
     model[0].bias.grad.zero_()
     assert gradient.any()

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from blockdiag import MonarchLinear
-from blockdiag.compression import projection
-from blockdiag.compression.moments import _patches
+from blockdiag.compression.calibration import _patches
+from blockdiag.compression.numerics import projection
 
 STRUCTURES = [((1, 1), 3), ((4, 3), 1), ((3, 4), 2), ((6, 1), 2), ((1, 6), 2)]
 

@@ -14,10 +14,10 @@ from unchanged import unchanged
 
 from blockdiag import (
     BlockDiagLinear,
+    BlockDiagonal,
+    LowRank,
     PermutedBlockDiagLinear,
-    factorize,
-    lower_rank,
-    replace_linear,
+    compress,
     split_attention,
     stack_models,
 )
@@ -135,12 +135,12 @@ def test_replaced_forwards_of_layers_to_convert(change):
     change(attention[0])
     conv = nn.Sequential(Conv1D(8))
     change(conv[0])
-    factored = factorize(mlp(8, 8), min_features=0, progress=False)[0]
+    factored = compress(mlp(8, 8), LowRank(min_features=0), progress=False)[0]
     change(factored[0].down)
     for convert, given, name in (
-        (lambda m: replace_linear(m, num_blocks=2, inplace=True, progress=False), model, "0"),
-        (lambda m: factorize(m, min_features=0, inplace=True, progress=False), model, "0"),
-        (lambda m: lower_rank(m, latent_features=1, inplace=True, progress=False), factored, "0.down"),
+        (lambda m: compress(m, BlockDiagonal(2), inplace=True, progress=False), model, "0"),
+        (lambda m: compress(m, LowRank(min_features=0), inplace=True, progress=False), model, "0"),
+        (lambda m: compress(m, LowRank(rank=1), inplace=True, progress=False), factored, "0.down"),
         (lambda m: split_attention(m, inplace=True), attention, "0"),
         (lambda m: conv1d_to_linear(m, inplace=True), conv, "0"),
     ):
@@ -157,7 +157,7 @@ def test_no_permutation_is_folded_through_a_replaced_forward(by):
     else:
         model[1].forward = functools.partial(torch.cumsum, dim=-1)
     x = torch.randn(4, 8, dtype=torch.float64)
-    new, _ = replace_linear(model, num_blocks=2, permute=True, progress=False)
+    new, _ = compress(model, BlockDiagonal(2, permute=True), progress=False)
     assert new[0].output_permutation is not None
     hidden = torch.cumsum(new[0](x), -1)
     torch.testing.assert_close(new(x), new[2](hidden))
@@ -168,11 +168,11 @@ def test_a_forward_that_holds_the_model_is_not_copied():
     model = nn.Sequential(mlp(8, 8), nn.Linear(8, 8).double())
     by_lambda(model[0])
     with unchanged(model), pytest.raises(ValueError, match="'0' has a forward of its own that calls the model's"):
-        replace_linear(model, "1", num_blocks=2, progress=False)
+        compress(model, BlockDiagonal(2), "1", progress=False)
     x = torch.randn(3, 8, dtype=torch.float64)
     with unchanged(model), pytest.raises(ValueError, match="calibration runs a copy of the model"):
-        replace_linear(model, "1", num_blocks=2, calibration=[x], inplace=True, progress=False)
-    replace_linear(model, "1", num_blocks=2, permute=True, inplace=True, progress=False)
+        compress(model, BlockDiagonal(2), "1", calibration=[x], inplace=True, progress=False)
+    compress(model, BlockDiagonal(2, permute=True), "1", inplace=True, progress=False)
     torch.testing.assert_close(model(x), model[1](2 * model[0][0](x)))
 
 
@@ -205,9 +205,9 @@ def attached():
 def test_weights_tied_by_their_memory(make, inplace):
     model = make()
     for convert in (
-        lambda: replace_linear(model, "0", num_blocks=2, inplace=inplace, progress=False),
-        lambda: replace_linear(model, num_blocks=2, inplace=inplace, progress=False),
-        lambda: factorize(model, min_features=0, inplace=inplace, progress=False),
+        lambda: compress(model, BlockDiagonal(2), "0", inplace=inplace, progress=False),
+        lambda: compress(model, BlockDiagonal(2), inplace=inplace, progress=False),
+        lambda: compress(model, LowRank(min_features=0), inplace=inplace, progress=False),
     ):
         with unchanged(model), pytest.raises(ValueError, match="lie in one memory without being one Parameter"):
             convert()
@@ -219,7 +219,7 @@ def test_weights_tied_by_their_memory(make, inplace):
 def test_ties_elsewhere_stay_in_a_copy():
     model = nn.Sequential(*tied(), nn.Linear(8, 8, dtype=torch.float64))
     model[2].weight.requires_grad_(False)
-    new, _ = replace_linear(model, "3", num_blocks=2, permute=True, progress=False)
+    new, _ = compress(model, BlockDiagonal(2, permute=True), "3", progress=False)
     assert new[0].weight.data_ptr() == new[2].weight.data_ptr() != model[0].weight.data_ptr()
     assert [p.requires_grad for p in new.parameters()] == [True, False, True, True]
     assert new[3].input_permutation is not None  # nothing is folded into what is tied
@@ -232,7 +232,7 @@ def test_slices_of_one_memory_are_not_tied():
     for slices in ((flat[:64].view(8, 8), flat[64:].view(8, 8)), (wide[:, :8], wide[:, 8:])):
         model = mlp(8, 8, 8, bias=False)
         model[0].weight, model[2].weight = (nn.Parameter(part) for part in slices)
-        new, _ = replace_linear(model, num_blocks=2, progress=False)
+        new, _ = compress(model, BlockDiagonal(2), progress=False)
         assert type(new[2]) is BlockDiagLinear
 
 
@@ -245,10 +245,10 @@ def test_pruned_attention_and_hooks_inside_layers():
     parametrizations.weight_norm(model[0].out_proj)
     with pytest.raises(ValueError, match=r"'0.out_proj' is parametrized"):
         split_attention(model)
-    factored = factorize(mlp(8, 8), min_features=0, progress=False)[0]
+    factored = compress(mlp(8, 8), LowRank(min_features=0), progress=False)[0]
     by_hook(factored[0].up)
     with pytest.raises(ValueError, match=r"'0.up' has hooks, which would be lost"):
-        lower_rank(factored, latent_features=1, progress=False)
+        compress(factored, LowRank(rank=1), progress=False)
 
 
 # ---- what a trace cannot see is not folded through
@@ -280,7 +280,7 @@ class Asks(nn.Module):
 @pytest.mark.parametrize("question", ["isinstance", "device", "grad"])
 def test_nothing_is_folded_where_a_forward_asks(question):
     model, x = Asks(question), torch.randn(5, 8)
-    new, _ = replace_linear(model, "down", num_blocks=2, permute=True, progress=False)
+    new, _ = compress(model, BlockDiagonal(2, permute=True), "down", progress=False)
     assert new.down.input_permutation is not None
     assert torch.equal(new.up.weight, model.up.weight)
     with torch.no_grad():
@@ -320,7 +320,7 @@ class Whole(nn.Module):
 def test_nothing_is_folded_past_a_hook_that_sees_the_features_in_an_object(wrap):
     model, x = Whole(wrap), torch.randn(5, 8)
     model.encoder.register_forward_hook(lambda module, args, output: wrap(output.hidden * torch.arange(12.0)))
-    new, _ = replace_linear(model, "down", num_blocks=2, permute=True, progress=False)
+    new, _ = compress(model, BlockDiagonal(2, permute=True), "down", progress=False)
     assert torch.equal(new.encoder.up.weight, model.encoder.up.weight)
     torch.testing.assert_close(new(x), new.down(model.encoder(x).hidden))
 
@@ -335,7 +335,7 @@ def test_nothing_is_folded_into_a_layer_with_a_mask(kind):
     else:
         model[0].mask = mask
     before = model[0].weight.clone()
-    new, _ = replace_linear(model, "2", num_blocks=2, permute=True, progress=False)
+    new, _ = compress(model, BlockDiagonal(2, permute=True), "2", progress=False)
     assert torch.equal(new[0].weight, before)
     assert new[2].input_permutation is not None
 
@@ -359,5 +359,5 @@ def test_blocks_with_another_forward_do_not_become_dense(change):
 def test_parameters_made_in_inference_mode():
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(8, 8))
-    new, _ = replace_linear(model, num_blocks=2, progress=False)
+    new, _ = compress(model, BlockDiagonal(2), progress=False)
     assert new[0].weight.shape == (2, 4, 4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from blockdiag import factorize
+from blockdiag import LowRank, compress
 from blockdiag.integrations.transformers import conv1d_to_linear
 
 
@@ -42,7 +42,7 @@ def test_computes_the_same_and_trains_on():
     for m, optimizer in zip((model, twin), optimizers, strict=True):
         step(m, optimizer)
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
-    converted, _ = factorize(model, min_features=0, progress=False)
+    converted, _ = compress(model, LowRank(min_features=0), progress=False)
     assert converted(x).shape == (5, 8)
 
 
@@ -50,4 +50,4 @@ def test_messages():
     with pytest.raises(ValueError, match="expected a model with transformers' Conv1D inside"):
         conv1d_to_linear(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="matches no layer that could be converted; '0' is a Conv1D"):
-        factorize(nn.Sequential(Conv1D(4, 4), nn.Linear(4, 4)), "0")
+        compress(nn.Sequential(Conv1D(4, 4), nn.Linear(4, 4)), LowRank(), "0")

@@ -1,1 +1,1 @@
-"""How models are taken apart and put together again: copies, traces, shared parameters, optimizers."""
+"""Taking models apart and putting them together: copies, traces, shared parameters, optimizers."""

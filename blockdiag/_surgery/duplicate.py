@@ -1,8 +1,8 @@
-"""Copies of models: to convert, or to run the user's code on and throw away, which leaves the user's model alone.
+"""Copies of models: to convert, or to run the user's code on without side effects on the user's model.
 
 Calibration runs a whole copy, parameters included, although that takes their memory once more: a forward, or `eval`,
-may write to parameters too, as layers that merge adapters do. That can neither be seen, as writes to ``.data`` count no
-version, nor undone without a copy. The moments of square layers take more than that.
+may write to parameters too, as layers that merge adapters do. Writes to ``.data`` can neither be detected, as they do
+not increment the version, nor undone without a copy. The moments of square layers take more memory than that.
 """
 
 import copy
@@ -39,38 +39,43 @@ HOOKS = (
 )
 
 
-def duplicate(model: nn.Module, *, hooks: bool = True, meta: bool = False) -> Any:
-    """A deep copy, which unlike Python's own keeps parameters tied by their memory and attributes of parameters.
+def duplicate(model: nn.Module, *, hooks: bool = True) -> Any:
+    """A deep copy that, unlike Python's own, keeps memory that tensors share and attributes of parameters.
 
     Args:
         model: any module.
-        hooks: whether the copy has the hooks too. Those by which torch.nn.utils computes weights it always has.
-        meta: whether its parameters and buffers are on the meta device, which takes no memory.
+        hooks: whether the copy has the hooks too. It always has those by which torch.nn.utils computes weights.
 
     Raises:
-        ValueError: a forward set on one of its modules holds on to the model's own modules.
+        ValueError: the forward of one of its modules was replaced by one that refers to the model's own modules.
     """
-    _check_forwards(model)
     named = list(tensors_of(model))
-    memo: dict[int, Any] = {}
-    tied = {} if meta else {storage_key(t): t.untyped_storage().clone() for (_, t), _ in ties(named)}
+    storages = {storage_key(t): t.untyped_storage().clone() for (_, t), _ in ties(named)}
+    copies: dict[int, Tensor] = {}
     for _, tensor in named:
-        if is_lazy(tensor):
-            continue
-        copied = None
-        if meta:
-            copied = _on_meta(tensor)
-        elif storage_key(tensor) in tied:
-            storage = tied[storage_key(tensor)]
-            copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            copied.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
-        if copied is not None:
-            if isinstance(tensor, nn.Parameter):
-                copied = nn.Parameter(copied, tensor.requires_grad)
-            memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+        if not is_lazy(tensor) and storage_key(tensor) in storages:
+            view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+            view.set_(storages[storage_key(tensor)], *place)  # type: ignore[call-overload]
+            copies[id(tensor)] = _as_parameter(view, tensor)
+    return _deep_copy(model, copies, lambda activation: activation.detach().clone(), hooks)
+
+
+def duplicate_on_meta(model: nn.Module) -> Any:
+    """As :func:`duplicate` without hooks, but on the meta device, where parameters and buffers take no memory."""
+    copies = {id(t): _as_parameter(_on_meta(t), t) for _, t in tensors_of(model) if not is_lazy(t)}
+    return _deep_copy(model, copies, _on_meta, hooks=False)
+
+
+def _deep_copy(
+    model: nn.Module, copies: dict[int, Tensor], copy_activation: Callable[[Tensor], Tensor], hooks: bool
+) -> Any:
+    """A deep copy with the given copies of some tensors, by the id of these."""
+    _check_forwards(model)
+    memo: dict[int, Any] = dict(copies)
     for module in model.modules():
-        for tensor in _activations(list(vars(module).values())):  # that a forward kept: a copy has their values
-            memo.setdefault(id(tensor), _on_meta(tensor) if meta else tensor.detach().clone())
+        for tensor in _activations(list(vars(module).values())):
+            memo.setdefault(id(tensor), copy_activation(tensor))
         if not hooks:
             for name in HOOKS:
                 if isinstance(vars(module).get(name), dict):
@@ -80,17 +85,24 @@ def duplicate(model: nn.Module, *, hooks: bool = True, meta: bool = False) -> An
         for key, hook in module._forward_pre_hooks.items():
             if computes_weight(hook):
                 memo[id(module._forward_pre_hooks)][key] = copy.deepcopy(hook, memo)
-    for _, tensor in named:
+    for _, tensor in tensors_of(model):
         if type(tensor) is nn.Parameter and id(tensor) in memo:
             for name, value in vars(tensor).items():
-                with suppress(Exception):  # a lock, or a handle: the copy has the same
+                with suppress(Exception):  # what cannot be copied, such as a lock, is shared
                     value = copy.deepcopy(value, memo)
                 setattr(memo[id(tensor)], name, value)
     return result
 
 
+def _as_parameter(copied: Tensor, original: Tensor) -> Tensor:
+    """The copy as a parameter if the original is one, with its ``requires_grad``."""
+    if isinstance(original, nn.Parameter):
+        copied = nn.Parameter(copied, original.requires_grad)
+    return copied.requires_grad_(original.requires_grad)
+
+
 def _activations(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Tensors with a history, which deepcopy refuses, in these containers."""
+    """Tensors with a history, such as a forward keeps, in nested containers: deepcopy refuses them."""
     if isinstance(value, Tensor) and not value.is_leaf:
         yield value
     elif isinstance(value, dict | list | tuple | set) and depth > 0:
@@ -105,7 +117,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def computes_weight(hook: Any) -> bool:
-    """Whether a hook is one of those by which torch prunes and normalizes weights, and gives lazy ones their sizes."""
+    """Whether it is a hook by which torch prunes or normalizes weights, or materializes lazy parameters."""
     utilities = any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
     return utilities or getattr(hook, "__module__", None) == "torch.nn.modules.lazy"
 
@@ -130,10 +142,10 @@ def _check_forwards(model: nn.Module) -> None:
 
 
 def route_calls(model: nn.Module, call: Callable[..., Any] | None = None) -> None:
-    """Makes calls of a copy's modules go to ``call(module, *args, **kwargs)``, by default :func:`run_forward`.
+    """Routes calls of a copy's modules to ``call(module, *args, **kwargs)``, by default :func:`run_forward`.
 
-    That is past hooks, global ones too, and compiled code; by an attribute of each module, so that nothing changes for
-    other models.
+    This bypasses hooks, global ones too, and compiled code. It sets an attribute of each module, so that other models
+    are not affected.
     """
     for module in model.modules():
         vars(module)["_compiled_call_impl"] = None
@@ -141,7 +153,7 @@ def route_calls(model: nn.Module, call: Callable[..., Any] | None = None) -> Non
 
 
 def run_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a call computes without hooks, but for those that belong to its computation."""
+    """What a call computes without hooks, except those that compute weights."""
     if is_compiled(module):
         return module._orig_mod(*args, **kwargs)
     for hook in tuple(module._forward_pre_hooks.values()):
@@ -152,7 +164,7 @@ def run_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Random numbers that are drawn inside are drawn again afterwards: torch's, numpy's and Python's."""
+    """Restores the random state of torch, numpy and Python at exit."""
     numpy = sys.modules.get("numpy.random")
     states = random.getstate(), numpy.get_state() if numpy is not None else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -166,7 +178,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 class _Uncompiled:
-    """Compiled functions run as they are written, while anybody is inside: the stance is one for all threads."""
+    """Runs compiled functions eagerly while any thread is inside: torch has one stance for all threads."""
 
     def __init__(self) -> None:
         self.lock, self.inside = threading.Lock(), 0

@@ -1,4 +1,4 @@
-"""Modules and functions that treat every element by itself, whatever the shape."""
+"""Elementwise modules and functions, for any shape."""
 
 import torch
 from torch import nn
@@ -21,5 +21,5 @@ ELEMENTWISE_FUNCTIONS = {
 
 
 def is_elementwise(module: nn.Module) -> bool:
-    """Whether it is such a module, without hooks or another forward."""
+    """Whether it is such a module, without hooks or a replaced forward."""
     return type(module) in _MODULES and why_not_plain(module, type(module)) is None

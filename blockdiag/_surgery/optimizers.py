@@ -1,4 +1,4 @@
-"""Parameters in the place of others, or in another order, in the optimizers that hold them."""
+"""Parameters that are replaced, or reordered in place, in the optimizers that hold them."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,29 +15,31 @@ Gather = Callable[[Tensor], Tensor]
 
 
 @dataclass
-class Heir:
-    """A parameter that takes the place of another, and how the other's optimizer state maps to its own, if it does."""
+class Successor:
+    """A parameter that replaces another. Without `gather` the other's gradient and optimizer state do not map to it."""
 
-    name: str
     parameter: nn.Parameter
     gather: Gather | None = None
 
 
 @dataclass
 class Reordering:
-    """A parameter that keeps its place and its shape, with its values in another order."""
+    """A parameter that stays, with its values in another order."""
 
     name: str
     parameter: nn.Parameter
     gather: Gather
 
 
-def as_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    """One optimizer or several as a list.
+def as_optimizers(
+    optimizers: Optimizer | Iterable[Optimizer], model: nn.Module, *, inplace: bool
+) -> Sequence[Optimizer]:
+    """One optimizer or several of the model as a list.
 
     Raises:
-        TypeError: something is no optimizer.
-        ValueError: one keeps parameters beside its groups: LBFGS, and ZeroRedundancyOptimizer.
+        TypeError: one is not an optimizer.
+        ValueError: one keeps parameters beside its groups (LBFGS, ZeroRedundancyOptimizer); none holds a parameter of
+            the model; or the model is copied, whose parameters are others.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     for optimizer in listed:
@@ -49,6 +51,10 @@ def as_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer
                     f"{type(optimizer).__name__} keeps parameters in its {name} too, where they cannot be exchanged: "
                     "make a new one after the conversion"
                 )
+    if listed and not inplace:
+        raise ValueError("optimizers hold the parameters of the model itself, not of a copy: pass inplace=True")
+    if listed and not held_by(listed) & set(model.parameters()):
+        raise ValueError("the optimizers hold no parameter of the model")
     return listed
 
 
@@ -64,25 +70,31 @@ def _holds_parameters(value: Any) -> bool:
     return False
 
 
+def _is_scalar(value: Any) -> bool:
+    """Whether optimizer state is a number, such as a step count, or a container of numbers only."""
+    if isinstance(value, list | tuple | dict):
+        return all(map(_is_scalar, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return value is None or isinstance(value, bool | int | float | complex | str)
+
+
 def _is_elementwise(value: Any, parameter: Tensor, trusted: bool) -> bool:
     """Whether optimizer state is a number, or has a value for each entry of the parameter.
 
-    A preconditioner of a square matrix has its shape too. Unlike moments it is symmetric.
+    The preconditioner of a square matrix has its shape too, but is symmetric, which moments are not. Optimizers of
+    torch, which are `trusted`, have none.
     """
-    if isinstance(value, list | tuple | dict):
-        value = list(value.values()) if isinstance(value, dict) else value
-        return all(_is_elementwise(item, torch.empty(()), trusted) for item in value)
-    if not isinstance(value, Tensor):
-        return value is None or isinstance(value, bool | int | float | complex | str)
-    if value.dim() == 0:
-        return True
-    if trusted or value.dim() != 2 or value.shape[0] != value.shape[1] or value.numel() == 1:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return _is_scalar(value)
+    may_be_preconditioner = value.dim() == 2 and value.shape[0] == value.shape[1] and value.numel() > 1
+    if trusted or not may_be_preconditioner:
         return value.shape == parameter.shape
     return value.shape == parameter.shape and (not value.any() or not torch.allclose(value, value.mT))
 
 
-def _odd_keys(optimizer: Optimizer) -> set[str]:
-    """Of the optimizer's state, what is not elementwise for some parameter: preconditioners, factored moments."""
+def _not_elementwise(optimizer: Optimizer) -> set[str]:
+    """The keys of the optimizer's state that are not elementwise for some parameter: preconditioners, factors."""
     trusted = type(optimizer).__module__.startswith("torch.optim.")
     return {
         key
@@ -92,67 +104,64 @@ def _odd_keys(optimizer: Optimizer) -> set[str]:
     }
 
 
-def _inherit_state(old: nn.Parameter, state: Mapping[str, Any], heir: Heir, odd: set[str]) -> dict[str, Any]:
-    """The heir's optimizer state: tensors of the parameter's shape mapped, numbers (step counts) copied.
+def _mapped_state(state: Mapping[str, Any], successor: Successor, not_elementwise: set[str]) -> dict[str, Any]:
+    """The successor's optimizer state: tensors of the parameter's shape mapped, numbers copied.
 
-    Empty, so that the optimizer starts anew, where the old one says nothing of the heir: of factors, and if any of it
-    is not elementwise, as preconditioners and factored moments are not.
+    Empty, so that the optimizer starts anew, if nothing maps (factors of a weight), or if some of it is not elementwise
+    (preconditioners, factored moments).
     """
-    if heir.gather is None:
-        # SGD's fused kernel does not take some parameters with a buffer and some without.
+    if successor.gather is None:
+        # SGD's fused kernel requires that all parameters have a buffer, or none.
         fresh = state.keys() == {"momentum_buffer"} and state["momentum_buffer"] is not None
-        return {"momentum_buffer": torch.zeros_like(heir.parameter)} if fresh else {}
-    if any(key in odd and not _is_elementwise(value, torch.empty(()), True) for key, value in state.items()):
+        return {"momentum_buffer": torch.zeros_like(successor.parameter)} if fresh else {}
+    if any(key in not_elementwise and not _is_scalar(value) for key, value in state.items()):
         return {}
-    inherited: dict[str, Any] = {}
+    mapped: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Tensor):
-            value = heir.gather(value).contiguous() if value.dim() > 0 else value
-            inherited[key] = value.detach().clone()
+            value = successor.gather(value).contiguous() if value.dim() > 0 else value
+            mapped[key] = value.detach().clone()
         else:
-            inherited[key] = copy.deepcopy(value)
-    return inherited
+            mapped[key] = copy.deepcopy(value)
+    return mapped
 
 
 def rebind(
     optimizer: Optimizer,
-    heirs: Mapping[nn.Parameter, list[Heir]],
-    prefixes: Mapping[nn.Parameter, str],
+    successors: Mapping[nn.Parameter, list[Successor]],
+    names: Mapping[nn.Parameter, str],
     reorderings: Sequence[Reordering],
 ) -> None:
-    """Gives the heirs their elders' place in the parameter groups, and what state maps."""
-    odd = _odd_keys(optimizer)
+    """Puts successors, by these names, where the old parameters are in the groups, and maps the state."""
+    not_elementwise = _not_elementwise(optimizer)
     placed: set[nn.Parameter] = set()
     for group in optimizer.param_groups:
-        names = group.get("param_names")
-        parameters, new_names = [], []
-        for index, parameter in enumerate(group["params"]):
-            successors = heirs.get(parameter)
-            if successors is None:
-                parameters.append(parameter)
-                new_names.append(names[index] if names else "")
+        old_names = group.get("param_names") or [""] * len(group["params"])
+        new: list[tuple[nn.Parameter, str]] = []
+        for parameter, name in zip(group["params"], old_names, strict=True):
+            if parameter not in successors:
+                new.append((parameter, name))
                 continue
-            # Of two elders with one heir, tied parameters, the first gives it its place.
-            fresh = [heir for heir in successors if heir.parameter not in placed]
-            placed.update(heir.parameter for heir in fresh)
-            parameters += [heir.parameter for heir in fresh]
-            new_names += [f"{prefixes[parameter]}{heir.name}" for heir in fresh]
-        group["params"] = parameters
-        if names is not None:
-            group["param_names"] = new_names
-    reordered = [(r.parameter, [Heir(r.name, r.parameter, r.gather)]) for r in reorderings]
-    for parameter, successors in [*heirs.items(), *reordered]:
+            # Tied parameters have one successor: it is placed once.
+            fresh = [s.parameter for s in successors[parameter] if s.parameter not in placed]
+            placed.update(fresh)
+            new += [(parameter, names[parameter]) for parameter in fresh]
+        group["params"] = [parameter for parameter, _ in new]
+        if group.get("param_names") is not None:
+            group["param_names"] = [name for _, name in new]
+    reordered = [(r.parameter, [Successor(r.parameter, r.gather)]) for r in reorderings]
+    for parameter, replacing in [*successors.items(), *reordered]:
         if parameter in optimizer.state:
             state = optimizer.state.pop(parameter)
-            for heir in successors:
-                inherited = _inherit_state(parameter, state, heir, odd)
-                if inherited:
-                    optimizer.state[heir.parameter] = inherited
+            for successor in replacing:
+                mapped = _mapped_state(state, successor, not_elementwise)
+                if mapped:
+                    optimizer.state[successor.parameter] = mapped
 
 
 @contextmanager
 def restored_on_failure(optimizers: Sequence[Optimizer]) -> Iterator[list[Callable[[], None]]]:
-    """Undoes, latest first, what the list is told about, and brings the optimizers back, if anything is raised."""
+    """If anything is raised, runs the steps that were added to the list, last first, and restores the optimizers."""
     groups = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     states = [dict(optimizer.state) for optimizer in optimizers]
     undo: list[Callable[[], None]] = []

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks on, or changes what goes in or comes out."""
+    """Whether hooks see, or change, what goes in or comes out."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
@@ -17,12 +17,12 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether calls of this one module go elsewhere than to its class's forward. Not so of torch.compile's wrapper."""
+    """Whether this instance's forward was replaced; torch.compile's wrapper does not count."""
     return not {"forward", "_call_impl"}.isdisjoint(vars(module)) and not is_compiled(module)
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """In words, why a module may compute something else than its parameters and `kind` say; None if it does not."""
+    """Why a module may compute something else than `kind` with its parameters does, in words; None if it does not."""
     if has_own_forward(module):
         return "has a forward of its own, which would be lost"
     if not isinstance(module, kind) or type(module).forward is not kind.forward:
@@ -34,9 +34,9 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def carry_attributes(old: Tensor, new: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Gives a parameter what users set on another, such as ``no_weight_decay``.
+    """Copies the attributes that users set on a parameter, such as ``no_weight_decay``, to another one.
 
-    A tensor of the old one's shape, such as a mask, is mapped by `gather`, or has no place where there is none.
+    A tensor of the parameter's shape, such as a mask, is mapped by `gather`, or left out without one.
     """
     for name, value in vars(old).items():
         if isinstance(value, Tensor) and value.dim() > 0 and value.shape == old.shape:

@@ -1,4 +1,4 @@
-"""Putting layers in the place of others: in the model, with their hooks, and in the optimizers. All or nothing."""
+"""Replacing layers of a model, with their hooks, and their parameters in optimizers: all or nothing."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blockdiag._surgery.duplicate import HOOKS
-from blockdiag._surgery.optimizers import Heir, Reordering, held_by, rebind, restored_on_failure
+from blockdiag._surgery.optimizers import Reordering, Successor, held_by, rebind, restored_on_failure
 from blockdiag._surgery.plain import carry_attributes
 
 
 @dataclass
 class Replacement:
-    """One layer for another, at every name that the other has in the model."""
+    """One layer for another, under every name that the other has in the model."""
 
     names: list[str]
     old: nn.Module
     new: nn.Module
-    heirs: dict[nn.Parameter, list[Heir]] = field(default_factory=dict)
+    successors: dict[nn.Parameter, list[Successor]] = field(default_factory=dict)
 
 
 def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -36,7 +36,7 @@ def fill(tensor: Tensor, values: Tensor) -> None:
 
 
 def _reorder(reordering: Reordering, undo: list[Callable[[], None]]) -> None:
-    """In place: whoever holds the parameter, an optimizer or a hook, goes on holding it."""
+    """In place, so that optimizers and hooks keep the parameter."""
     parameter = reordering.parameter
     own = [value for value in vars(parameter).values() if isinstance(value, Tensor) and value.shape == parameter.shape]
     for tensor in (parameter, parameter.grad, *own):
@@ -47,10 +47,10 @@ def _reorder(reordering: Reordering, undo: list[Callable[[], None]]) -> None:
 
 
 def _use_slow_path(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Attributes that keep torch's fused transformer layers from reading the weights of layers that they hold.
+    """Attributes that disable the fused kernel of torch's transformer layers, which takes dense weights only.
 
-    In inference :class:`torch.nn.TransformerEncoderLayer` hands the weights of its linear layers to a fused kernel, and
-    :class:`torch.nn.TransformerEncoder` looks at them; both then work with dense weights only.
+    In inference :class:`torch.nn.TransformerEncoderLayer` passes the weights of its linear layers to that kernel, and
+    :class:`torch.nn.TransformerEncoder` reads them.
     """
     parents = {parent_of(model, name)[0] for name in names}
     layers = {parent for parent in parents if isinstance(parent, nn.TransformerEncoderLayer)}
@@ -73,32 +73,34 @@ def commit(
     Returns:
         The model, in a wrapper like the one given.
     """
-    heirs: dict[nn.Parameter, list[Heir]] = {}
-    prefixes: dict[nn.Parameter, str] = {}
+    successors: dict[nn.Parameter, list[Successor]] = {}
+    names: dict[nn.Parameter, str] = {}
     for replacement in replacements:
-        for parameter, successors in replacement.heirs.items():
-            prefixes.setdefault(parameter, f"{replacement.names[0]}.")
-            known = {heir.parameter for heir in heirs.setdefault(parameter, [])}
-            heirs[parameter] += [heir for heir in successors if heir.parameter not in known]
+        for name, parameter in replacement.new.named_parameters():
+            names.setdefault(parameter, f"{replacement.names[0]}.{name}")
+        for parameter, replacing in replacement.successors.items():
+            known = {successor.parameter for successor in successors.setdefault(parameter, [])}
+            successors[parameter] += [successor for successor in replacing if successor.parameter not in known]
     for optimizer in optimizers:
-        new = [heir.parameter for parameter in held_by([optimizer]) for heir in heirs.get(parameter, [])]
+        new = [s.parameter for parameter in held_by([optimizer]) for s in successors.get(parameter, [])]
         if type(optimizer).__name__ == "Muon" and any(parameter.dim() != 2 for parameter in new):
             raise ValueError("Muon takes matrices only, and the new layers have parameters of other dimensions")
     attributes = list(_use_slow_path(model, (name for r in replacements for name in r.names)))
 
     with restored_on_failure(optimizers) as undo:
         for optimizer in optimizers:
-            rebind(optimizer, heirs, prefixes, reorderings)
+            rebind(optimizer, successors, names, reorderings)
         for reordering in reorderings:
             _reorder(reordering, undo)
-        for parameter, successors in heirs.items():
-            for heir in successors:
-                carry_attributes(parameter, heir.parameter, heir.gather)
-                if parameter.grad is not None and heir.gather is not None:
-                    gradient = heir.gather(parameter.grad)
-                    heir.parameter.grad = gradient.clone(memory_format=torch.contiguous_format)  # not the old one's
+        for parameter, replacing in successors.items():
+            for successor in replacing:
+                carry_attributes(parameter, successor.parameter, successor.gather)
+                if parameter.grad is not None and successor.gather is not None:
+                    gradient = successor.gather(parameter.grad)
+                    # In the successor's memory format, not in that of the old gradient.
+                    successor.parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
         for replacement in replacements:
-            for hooks in HOOKS:  # the same dictionaries: handles that remove hooks go on working
+            for hooks in HOOKS:  # the same dictionaries, so that handles still remove their hooks
                 replacement.new.__dict__[hooks] = replacement.old.__dict__[hooks]
             for name in replacement.names:
                 parent, key = parent_of(model, name)
@@ -125,7 +127,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def rewrap(wrapper: nn.Module, model: nn.Module) -> nn.Module:
-    """The model in a wrapper like the one given. DistributedDataParallel knows the parameters of its start only."""
+    """The model in a new wrapper like the one given: DistributedDataParallel never sees parameters that come later."""
     if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
         return model
     rewrapped = nn.parallel.DistributedDataParallel(

@@ -1,4 +1,4 @@
-"""Parameters that several modules have: as one Parameter, or as several in one memory."""
+"""Modules under several names, and parameters of several modules: as one Parameter, or as several in one memory."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -8,8 +8,16 @@ from torch import Tensor, nn
 Named = tuple[str, Tensor]
 
 
+def names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module of the model with all of its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
 def storage_key(tensor: Tensor) -> tuple[torch.device, int] | None:
-    """Which memory the tensor lies in; None of one that has no memory of its own to speak of."""
+    """Identifies the tensor's storage; None if it has none, or is not a plain strided tensor."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.is_meta or tensor.numel() == 0:
         return None
@@ -17,13 +25,13 @@ def storage_key(tensor: Tensor) -> tuple[torch.device, int] | None:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The first of its bytes, and the one after the last."""
+    """The addresses of its first byte, and of the byte after its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors whose spans meet have an element in common: columns of one matrix do not."""
+    """Whether two tensors whose spans meet share an element: columns of one matrix do not."""
     size, start = first.element_size(), min(first.data_ptr(), second.data_ptr())
     if size != second.element_size():
         return True
@@ -35,7 +43,7 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
 
 
 def tensors_of(model: nn.Module) -> Iterator[Named]:
-    """All that a model's modules have: parameters, buffers and tensors that are attributes, each by every name."""
+    """All parameters, buffers and tensor attributes of a model's modules, under every name."""
     for prefix, module in model.named_modules():
         for names in (module._parameters, module._buffers, vars(module)):
             for key, value in names.items():
@@ -44,7 +52,7 @@ def tensors_of(model: nn.Module) -> Iterator[Named]:
 
 
 def ties(named: Iterable[Named]) -> Iterator[tuple[Named, Named]]:
-    """Pairs of tensors that are not one, but lie in the same memory."""
+    """Pairs of different tensors that overlap in memory."""
     storages: dict[object, dict[int, Named]] = {}
     for name, tensor in named:
         key = storage_key(tensor)
@@ -61,9 +69,9 @@ def ties(named: Iterable[Named]) -> Iterator[tuple[Named, Named]]:
 
 
 def check_sharing(model: nn.Module, names: Mapping[nn.Module, str]) -> None:
-    """Raises if a parameter of these layers belongs to a module that is to stay too, as an embedding's may.
+    """Raises if a parameter of these layers also belongs to a module that stays, such as an embedding.
 
-    Or if it lies in the memory of another tensor, of whichever module: copies and new parameters would untie them.
+    Or if it overlaps with another tensor in memory: copies and new parameters would untie them.
     """
     inside = {part for layer in names for part in layer.modules()}
     replaced = {parameter: name for layer, name in names.items() for parameter in layer.parameters()}

@@ -1,10 +1,10 @@
-"""What a model's forward does, as a graph, without touching the model or others.
+"""A model's forward as a graph, traced without side effects on the model or on other models.
 
-The recording is torch.fx's, its tracer is not: that one exchanges ``nn.Module.__call__`` and ``__getattr__`` for all
-threads (pytorch#112775). Here a throwaway copy has stand-ins in its modules' own attributes: calls lead to the tracer,
-parameters are what it records. The copy is on the meta device: it takes no memory, and nothing can depend on values.
+The graph is torch.fx's, its tracer is not: that one patches ``nn.Module.__call__`` and ``__getattr__`` for all threads
+(pytorch#112775). This one sets attributes of a throwaway copy's modules: calls go to the tracer, and parameters are
+proxies. The copy is on the meta device: it takes no memory, and nothing can depend on values.
 
-A forward that asks what it was given, or where it runs, may do otherwise with stand-ins: it is not traced.
+A forward that queries types, devices or modes may behave differently with proxies: it is not traced.
 """
 
 import copy
@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from blockdiag._surgery.duplicate import duplicate, random_state_kept, route_calls, run_forward, uncompiled
+from blockdiag._surgery.duplicate import duplicate_on_meta, random_state_kept, route_calls, run_forward, uncompiled
 from blockdiag._surgery.plain import has_hooks, is_compiled
 
-# What a forward may ask for, and gets another answer to than with tensors.
-_QUESTIONS = {
+# What a forward may query, with another answer for proxies than for tensors.
+_QUERIES = {
     *("isinstance", "type", "requires_grad", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
     *("device", "is_cuda", "is_cpu", "is_meta", "get_device", "is_leaf", "grad_fn", "is_tensor", "is_tracing"),
 }
 
 
-def _asks(code: CodeType) -> bool:
+def _queries(code: CodeType) -> bool:
     inner: Iterator[CodeType] = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return not _QUESTIONS.isdisjoint(code.co_names) or any(map(_asks, inner))
+    return not _QUERIES.isdisjoint(code.co_names) or any(map(_queries, inner))
 
 
 def seen(value: Any) -> Any:
-    """Stands in a graph for somebody who looks on: a hook, or whoever reads what a forward kept."""
+    """Marks in a graph what a hook sees, or what a forward keeps in an attribute."""
     return value
 
 
@@ -55,7 +55,7 @@ def _map(value: Any, function: Any) -> Any:
 
 
 class _Tracer(fx.Tracer):
-    """Records what a copy computes."""
+    """Traces a copy."""
 
     def __init__(self, copied: nn.Module, hooked: set[nn.Module]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Tracer(fx.Tracer):
                 if module._parameters[key] is not None:
                     proxy = self.create_proxy("get_attr", f"{path}.{key}", (), {})
                     self.read.add(proxy.node)
-                    vars(module)[key] = proxy  # found before the parameter itself
+                    vars(module)[key] = proxy  # takes precedence over the parameter
         route_calls(copied, self.call)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +100,7 @@ class _Tracer(fx.Tracer):
         self.root = entry
         for kind_inside in {type(module) for module in self.paths if not type(module).__module__.startswith("torch.")}:
             code = getattr(kind_inside.forward, "__code__", None)
-            if code is not None and _asks(code):
+            if code is not None and _queries(code):
                 raise TypeError(f"the forward of {kind_inside.__name__} asks what it was given, or where it runs")
         forward, args = self.create_args_for_root(kind.forward, True)
         output = forward(*args)
@@ -112,20 +112,20 @@ class _Tracer(fx.Tracer):
 
 
 def graphs(model: nn.Module) -> list[fx.Graph]:
-    """What the model's forward does as it is, in training and in eval mode; nothing if that depends on its input.
+    """The model's forward in its present mode, in training and in eval mode; none if it cannot be traced.
 
-    Of the whole model: a part that could be traced by itself may be used by others in another way.
+    Of the whole model: a part that can be traced by itself may be used in another way by the rest.
     """
     result = []
     try:
         with random_state_kept(), uncompiled(), torch.device("meta"):
             for mode in (None, True, False):
-                copied = duplicate(model, hooks=False, meta=True)
+                copied = duplicate_on_meta(model)
                 pairs = zip(model.modules(), copied.modules(), strict=True)
                 hooked = {new for old, new in pairs if has_hooks(old)}
                 if mode is not None:
                     copied.train(mode)
                 result.append(_Tracer(copied, hooked).run())
-    except Exception:  # this runs the user's code, on what is no tensor: anything may come of it
+    except Exception:  # the user's code, given proxies, may raise anything
         return []
     return result

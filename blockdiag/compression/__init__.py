@@ -1,20 +1,24 @@
-"""From dense models to block-diagonal and factorized ones."""
+"""From dense models to structured ones: :func:`compress`, its configs, and its report."""
 
 from blockdiag.compression.attention import SplitAttention, split_attention
-from blockdiag.compression.convert import Conversion
-from blockdiag.compression.factorize import factorize, lower_rank
-from blockdiag.compression.replace import replace_linear
-from blockdiag.compression.report import ConversionReport, Cost, LayerReport, Step
+from blockdiag.compression.block_diagonal import BlockDiagonal
+from blockdiag.compression.compress import Compression, compress
+from blockdiag.compression.config import Config
+from blockdiag.compression.low_rank import LowRank
+from blockdiag.compression.monarch import Monarch
+from blockdiag.compression.report import CompressionReport, Cost, LayerReport, Step
 
 __all__ = [
-    "Conversion",
-    "ConversionReport",
+    "BlockDiagonal",
+    "Compression",
+    "CompressionReport",
+    "Config",
     "Cost",
     "LayerReport",
+    "LowRank",
+    "Monarch",
     "SplitAttention",
     "Step",
-    "factorize",
-    "lower_rank",
-    "replace_linear",
+    "compress",
     "split_attention",
 ]

@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention with its projections as layers, which then can be converted as any others."""
+"""torch.nn.MultiheadAttention with its projections as layers, which can be compressed like any others."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,32 +8,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from blockdiag._surgery.duplicate import duplicate
-from blockdiag._surgery.optimizers import Heir
+from blockdiag._surgery.duplicate import duplicate_on_meta
+from blockdiag._surgery.optimizers import Successor
 from blockdiag._surgery.replacement import Replacement, fill
-from blockdiag.compression.convert import exchange
+from blockdiag.compression.exchange import exchange
 
 
 class SplitAttention(nn.Module):
-    """What :class:`torch.nn.MultiheadAttention` computes, with its four projections as layers of their own.
+    """:class:`torch.nn.MultiheadAttention` with its four projections as layers of their own.
 
-    That module keeps the projections of queries, keys and values as one parameter, and reads the weight of the output's
-    one: none of them is called as a layer. Here all are.
+    That module keeps the projections of queries, keys and values in one parameter, and reads the weight of the output
+    projection: none of them is called as a layer. Here all are.
 
     Args:
-        attention: the module to take sizes and options from; not its parameters.
+        attention: the module to take sizes and options from, but not parameters.
 
     Shape:
         - Inputs and outputs: those of :class:`torch.nn.MultiheadAttention`, with the same arguments.
 
     Attributes:
         q_proj, k_proj, v_proj, out_proj: the projections, :class:`torch.nn.Linear`.
-        bias_k, bias_v: of shape ``(1, 1, embed_dim)``, added to the sequences of keys and values; or ``None``.
+        bias_k, bias_v: of shape ``(1, 1, embed_dim)``, appended to the sequences of keys and values; or ``None``.
+
+    Example::
+
+        >>> import torch
+        >>> from blockdiag.compression import split_attention
+        >>> model = torch.nn.Sequential(torch.nn.MultiheadAttention(16, 4, batch_first=True))
+        >>> attention = split_attention(model)[0]
+        >>> attention.q_proj
+        Linear(in_features=16, out_features=16, bias=True)
+        >>> x = torch.randn(2, 5, 16)
+        >>> attention(x, x, x)[0].shape
+        torch.Size([2, 5, 16])
     """
 
     bias_k: Tensor | None
     bias_v: Tensor | None
-    in_proj_bias = None  # tells torch.nn.TransformerEncoderLayer not to look for one weight of all projections
+    in_proj_bias = None  # so that torch.nn.TransformerEncoderLayer does not read one weight of all projections
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -86,7 +98,7 @@ class SplitAttention(nn.Module):
 def _batch_first(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, batch_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As (batch, length, features), from a batch or from one sequence of each; after a look at the arguments."""
+    """Queries, keys and values as (batch, length, features), given in batches or as single sequences."""
     if is_causal and attn_mask is None:
         raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
     if query.dim() != 3:
@@ -97,7 +109,7 @@ def _batch_first(
 
 
 def _as_given(output: Tensor, weights: Tensor | None, query: Tensor, batch_first: bool) -> tuple[Tensor, Tensor | None]:
-    """The inverse: a batch, or one sequence, as the query."""
+    """The inverse of :func:`_batch_first`: a batch, or a single sequence, as the query."""
     if query.dim() != 3:
         return output.squeeze(0), None if weights is None else weights.squeeze(0)
     return output if batch_first else output.transpose(0, 1), weights
@@ -117,7 +129,7 @@ def _attend(
     average_attn_weights: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """What lies between the projections of (batch, length, features) and that of the output."""
+    """Attention on projected (batch, length, features), up to the output projection."""
     if bias_k is not None and bias_v is not None:
         k = torch.cat([k, bias_k.expand(k.shape[0], 1, -1)], dim=1)
         v = torch.cat([v, bias_v.expand(v.shape[0], 1, -1)], dim=1)
@@ -135,7 +147,7 @@ def _attend(
 
 
 def _both_masks(q: Tensor, k: Tensor, padding: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
-    """Both as one mask to add to the scores (batch, heads, queries, keys); what was appended is not masked."""
+    """Both masks as one to add to the scores (batch, heads, queries, keys); appended keys are not masked."""
     mask: Tensor | None = None
     if attn_mask is not None:
         mask = _additive_mask(attn_mask, q, k)
@@ -152,7 +164,7 @@ def _additive_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return F.pad(mask.to(q.dtype), [0, k.shape[2] - mask.shape[-1]])
 
 
-# For torch.fx: what depends on which arguments are given, and on their sizes, is one step of the graph.
+# For torch.fx: code that branches on arguments and their sizes is one node of the graph.
 for _function in (_batch_first, _as_given, _attend):
     torch.fx.wrap(_function.__name__)
 
@@ -162,8 +174,8 @@ def split_attention(
 ) -> nn.Module:
     """Replaces every :class:`torch.nn.MultiheadAttention` of a model by a :class:`SplitAttention` of the same outputs.
 
-    Its projections are then layers, which :func:`~blockdiag.replace_linear` and :func:`~blockdiag.factorize` convert as
-    any others, with calibration, and with all that saves.
+    Its projections are then layers, which :func:`~blockdiag.compress` compresses like any others, with calibration, and
+    which save operations.
 
     Args:
         model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped anew: use what is returned.
@@ -176,6 +188,19 @@ def split_attention(
     Raises:
         ValueError: there is no such module in it, or it is the model itself; or a parameter of one is on the meta
             device, not finite, or shared with another module.
+
+    Example::
+
+        >>> import torch, blockdiag
+        >>> model = torch.nn.TransformerEncoderLayer(32, nhead=4, dim_feedforward=64, batch_first=True).eval()
+        >>> split = blockdiag.split_attention(model)
+        >>> x = torch.randn(2, 5, 32)
+        >>> torch.allclose(split(x), model(x), atol=1e-5)
+        True
+        >>> config = blockdiag.LowRank(rank=8, min_features=0)
+        >>> split, report = blockdiag.compress(split, config, "self_attn.*_proj", progress=False)
+        >>> split.self_attn.v_proj.rank
+        8
     """
     return exchange(
         model,
@@ -188,9 +213,9 @@ def split_attention(
 
 
 def _split(names: list[str], old: Any) -> Replacement:
-    empty = SplitAttention(duplicate(old, hooks=False, meta=True))  # draws no random numbers
+    empty = SplitAttention(duplicate_on_meta(old))  # draws no random numbers
     new: Any = empty.to_empty(device=old.out_proj.weight.device).train(old.training)
-    heirs: dict[nn.Parameter, list[Heir]] = {}
+    successors: dict[nn.Parameter, list[Successor]] = {}
 
     def inherit(parameter: nn.Parameter, name: str, part: int | None = None) -> None:
         """The parameter of that name from the given one, or from a third of it."""
@@ -198,9 +223,9 @@ def _split(names: list[str], old: Any) -> Replacement:
         def gather(tensor: Tensor) -> Tensor:
             return tensor if part is None else tensor.chunk(3)[part]
 
-        heir = new.get_parameter(name).requires_grad_(parameter.requires_grad)
-        fill(heir, gather(parameter.detach()))
-        heirs.setdefault(parameter, []).append(Heir(name, heir, gather))
+        successor = new.get_parameter(name).requires_grad_(parameter.requires_grad)
+        fill(successor, gather(parameter.detach()))
+        successors.setdefault(parameter, []).append(Successor(successor, gather))
 
     for part, name in enumerate("qkv"):
         if old._qkv_same_embed_dim:
@@ -214,4 +239,4 @@ def _split(names: list[str], old: Any) -> Replacement:
     for name in ("bias_k", "bias_v"):
         if getattr(old, name) is not None:
             inherit(getattr(old, name), name)
-    return Replacement(names, old, new, heirs)
+    return Replacement(names, old, new, successors)

@@ -1,10 +1,9 @@
-"""Permutations between layers that a neighbor can take over, or that cancel out.
+"""Folds permutations of features between layers into each other, or into dense neighbors.
 
-Which ones follows from the model's structure alone, never from values, so that models converted alike are alike.
+Which ones follows from the model's structure alone, never from values, so that models compressed alike are alike.
 """
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,14 +11,15 @@ from torch import Tensor, fx, nn
 from blockdiag._surgery.elementwise import ELEMENTWISE_FUNCTIONS, is_elementwise
 from blockdiag._surgery.optimizers import Reordering
 from blockdiag._surgery.plain import has_hooks
+from blockdiag._surgery.sharing import names_by_module
 from blockdiag._surgery.trace import graphs
-from blockdiag.compression.convert import Change
-from blockdiag.compression.select import has_parameters_to_itself
+from blockdiag.compression.checks import can_be_reordered
+from blockdiag.compression.config import Change
 from blockdiag.nn.permuted_block_diag_linear import PermutedBlockDiagLinear
 
 
 def _followed_by(model: nn.Module, graph: fx.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The layer whose only input each layer's output is, if it is, through elementwise functions at most."""
+    """For each layer the one that its output is the only input of, with at most elementwise functions in between."""
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr" and node.users}
 
@@ -49,16 +49,13 @@ def _followed_by(model: nn.Module, graph: fx.Graph, layers: Mapping[str, nn.Modu
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of linear layers of which one's output is nothing but the other's input, but for elementwise functions.
+    """Names of linear layers of which one's output is only the other's input, but for elementwise functions.
 
-    By a trace of the model; of layers that have one name, with nobody looking on by hooks.
+    By a trace of the model; of layers that have one name, and no hooks.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
     layers = {
         where[0]: module
-        for module, where in names.items()
+        for module, where in names_by_module(model).items()
         if isinstance(module, nn.Linear) and len(where) == 1 and not has_hooks(module)
     }
     followers = [_followed_by(model, graph, layers) for graph in graphs(model)]
@@ -67,7 +64,7 @@ def _pairs(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _reordered(name: str, linear: nn.Linear, order: Tensor, dim: int) -> list[Reordering]:
-    """Output features (`dim` 0) or input features (`dim` 1) of a dense layer in this order."""
+    """Puts output features (`dim` 0) or input features (`dim` 1) of a dense layer into this order."""
     return [
         Reordering(f"{name}.{key}", parameter, lambda tensor: tensor.index_select(dim, order))
         for key, parameter in linear.named_parameters()
@@ -75,8 +72,8 @@ def _reordered(name: str, linear: nn.Linear, order: Tensor, dim: int) -> list[Re
     ]
 
 
-def fold_permutations(model: nn.Module, changes: list[Change]) -> list[Reordering]:
-    """Merges or removes permutations of the new layers; returns what dense neighbors do to take some over."""
+def fold_permutations(model: nn.Module, changes: Sequence[Change]) -> list[Reordering]:
+    """Merges or removes permutations of the new layers; returns the reorderings of dense neighbors that take over."""
     new: dict[nn.Module, Any] = {change.replacement.old: change.replacement.new for change in changes}
     if not any(isinstance(layer, PermutedBlockDiagLinear) for layer in new.values()):
         return []
@@ -90,10 +87,10 @@ def fold_permutations(model: nn.Module, changes: list[Change]) -> list[Reorderin
         entering = getattr(consumer, "input_permutation", None)
         if leaving is not None and entering is not None:
             producer.output_permutation, consumer.input_permutation = None, leaving[entering]
-        elif leaving is not None and consumer is None and has_parameters_to_itself(model, second):
+        elif leaving is not None and consumer is None and can_be_reordered(model, second):
             reorderings += _reordered(second_name, second, leaving.argsort(), dim=1)
             producer.output_permutation = None
-        elif entering is not None and producer is None and has_parameters_to_itself(model, first):
+        elif entering is not None and producer is None and can_be_reordered(model, first):
             reorderings += _reordered(first_name, first, entering, dim=0)
             consumer.input_permutation = None
     for change in changes:
@@ -104,6 +101,4 @@ def fold_permutations(model: nn.Module, changes: list[Change]) -> list[Reorderin
             and layer.output_permutation is None
         ):
             change.replacement.new = layer.blocks
-            for heir in itertools.chain.from_iterable(change.replacement.heirs.values()):
-                heir.name = heir.name.removeprefix("blocks.")
     return reorderings

@@ -1,4 +1,4 @@
-"""What a conversion did to each layer, and whether it pays."""
+"""What compression did to each layer, and what that saves."""
 
 import statistics
 import time
@@ -13,9 +13,22 @@ from blockdiag._surgery.duplicate import duplicate, route_calls
 
 
 class Cost(NamedTuple):
-    """Of a layer: its parameters, floating-point operations for each row of its output (a position of a convolution's,
-    two for a multiplication and addition), bytes of parameters, and measured seconds for a call, if measured. Shared
-    parameters count for the first layer that has them."""
+    """What a layer costs.
+
+    Attributes:
+        parameters: number of parameters. Shared ones count for the first layer that has them.
+        operations: FLOPs for each row of the output, or position of a convolution's output: two for each weight.
+        bytes: of the parameters.
+        seconds: median time of a call, if measured.
+
+    Example::
+
+        >>> import torch, blockdiag
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> _, report = blockdiag.compress(model, blockdiag.BlockDiagonal(4), dry_run=True, progress=False)
+        >>> report.layers[0].cost_before
+        Cost(parameters=4160, operations=8192, bytes=16640, seconds=None)
+    """
 
     parameters: int
     operations: int
@@ -24,7 +37,19 @@ class Cost(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step towards the converted layer, and the relative error after it."""
+    """A step of the projection, and the relative error after it.
+
+    Example::
+
+        >>> import torch, blockdiag
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> inputs = torch.randn(500, 64)
+        >>> _, report = blockdiag.compress(
+        ...     model, blockdiag.BlockDiagonal(4), calibration=[inputs], dry_run=True, progress=False
+        ... )
+        >>> [step.name for step in report.layers[0].steps]
+        ['diagonal blocks', 'refitted']
+    """
 
     name: str
     error: float
@@ -32,12 +57,27 @@ class Step(NamedTuple):
 
 @dataclass
 class LayerReport:
-    """One layer: what it was, what it is, and what that costs.
+    """A layer before and after compression, with the error.
 
-    ``steps`` gives the relative error after each step of the projection, the last that of the layer as it is now: root
-    mean square of the difference in output, relative to that of the dense layer's output without bias, on the
-    calibration inputs; without any on white noise, which is the weight's error in the Frobenius norm. ``calibrated``
-    says which.
+    Attributes:
+        name: of the layer in the model.
+        before: class and sizes of the old layer, ``after`` of the new one.
+        cost_before: a :class:`Cost`, as ``cost_after``.
+        steps: the relative errors after each step of the projection. A relative error is the root mean square of the
+            difference in output, divided by that of the dense layer's output without bias, on the calibration inputs;
+            without any on white noise, which is the weight's error in the Frobenius norm.
+        calibrated: whether there were calibration inputs.
+        error: the last of these errors, that of the new layer.
+
+    Example::
+
+        >>> import torch, blockdiag
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> torch.nn.init.eye_(model[0].weight)  # doctest: +ELLIPSIS
+        Parameter containing:...
+        >>> _, report = blockdiag.compress(model, blockdiag.BlockDiagonal(4), dry_run=True, progress=False)
+        >>> report.layers[0].name, report.layers[0].after, report.layers[0].error
+        ('0', 'BlockDiagLinear[4 blocks] 64→64', 0.0)
     """
 
     name: str
@@ -53,21 +93,35 @@ class LayerReport:
         return self.steps[-1].error
 
     def multiplied_out(self) -> None:
-        """Says that the new layer's weight is read, and the layer never called: that saves no operations."""
+        """Notes that the layer's weight is read and the layer never called, so that no operations are saved."""
         self.after += ", multiplied out"
         self.cost_before = self.cost_before._replace(seconds=None)
         self.cost_after = self.cost_after._replace(operations=self.cost_before.operations, seconds=None)
 
     def errors(self) -> str:
-        """The errors after all steps, in words for a table."""
+        """The errors after all steps, for a table."""
         return " > ".join(f"{step.error:.3f}" for step in self.steps) + ("" if self.calibrated else " (weight)")
 
 
 @dataclass
-class ConversionReport:
-    """All layers of a conversion. ``str(report)`` is a table, ``report.as_dict()`` is for JSON.
+class CompressionReport:
+    """All layers that were compressed. ``str(report)`` is a table, ``report.as_dict()`` is for JSON.
 
-    ``skipped`` maps the names of layers that were left alone to the reason.
+    Attributes:
+        layers: a :class:`LayerReport` for each.
+        skipped: by name of each layer that was left alone the reason.
+
+    Example::
+
+        >>> import torch, blockdiag
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 8))
+        >>> _, report = blockdiag.compress(
+        ...     model, blockdiag.BlockDiagonal(4, min_features=16), dry_run=True, progress=False
+        ... )
+        >>> report.total("cost_before").parameters, report.total("cost_after").parameters
+        (4096, 1024)
+        >>> report.skipped
+        {'1': 'fewer than 16 features'}
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -119,7 +173,7 @@ def _compare(before: Cost, after: Cost) -> list[str]:
 def cost(layer: nn.Module, seconds: float | None, counted: set[nn.Parameter]) -> Cost:
     """What the layer costs; a weight of a linear layer or convolution is used once for each row of output.
 
-    Parameters that are `counted` already, of another layer that shares them, are not again.
+    Leaves out parameters that are `counted` already, for another layer that shares them.
     """
     parameters = list(layer.parameters())
     own = [p for p in parameters if p not in counted]
@@ -148,14 +202,11 @@ def describe(layer: Any) -> str:
 
 
 def measure_pair(before: nn.Module, after: nn.Module, shape: Sequence[int], rounds: int = 30) -> tuple[float, float]:
-    """Median seconds of a forward pass of each on random input, without gradients, called in turn, round by round.
-
-    The first rounds, in which memory and kernels are set up, are left out.
-    """
+    """Median seconds of a forward pass of each on random input, without gradients, interleaved, after a warm-up."""
     parameter = next(before.parameters())
-    generator = torch.Generator(parameter.device).manual_seed(0)  # its own: the user's goes on as it is
+    generator = torch.Generator(parameter.device).manual_seed(0)  # not the user's
     input = torch.randn(shape, device=parameter.device, dtype=parameter.dtype, generator=generator)
-    # Without hooks, which may be the user's and are not to see this: those of the parts of a layer are left out.
+    # Without hooks, which may be the user's and are not to see this.
     before, after = (duplicate(layer, hooks=False) for layer in (before, after))
     for layer in (before, after):
         route_calls(layer)

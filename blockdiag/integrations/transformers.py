@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blockdiag._surgery.optimizers import Heir
+from blockdiag._surgery.optimizers import Successor
 from blockdiag._surgery.replacement import Replacement, fill
-from blockdiag.compression.convert import exchange
+from blockdiag.compression.exchange import exchange
 
 __all__ = ["conv1d_to_linear"]
 
@@ -19,7 +19,7 @@ def conv1d_to_linear(
     """Replaces the ``Conv1D`` layers of GPT-2 and its relatives by :class:`torch.nn.Linear` that compute the same.
 
     Despite its name a ``Conv1D`` is a linear layer, whose weight is stored transposed. As ``nn.Linear`` it can be
-    converted by :func:`blockdiag.replace_linear` and :func:`blockdiag.factorize`.
+    compressed by :func:`blockdiag.compress`.
 
     Args:
         model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped anew: use what is returned.
@@ -46,7 +46,7 @@ def conv1d_to_linear(
     """
     return exchange(
         model,
-        # Not by isinstance, which would need the library.
+        # By name: isinstance would need the library.
         lambda module: type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils",
         _as_linear,
         missing="conv1d_to_linear: expected a model with transformers' Conv1D inside",
@@ -60,10 +60,10 @@ def _as_linear(names: list[str], old: Any) -> Replacement:
     linear = nn.utils.skip_init(
         nn.Linear, in_features, out_features, device=old.weight.device, dtype=old.weight.dtype
     ).train(old.training)
-    heirs = {}
+    successors = {}
     for name, gather in (("weight", Tensor.t), ("bias", Tensor.detach)):
-        parameter, heir = getattr(old, name), getattr(linear, name)
-        fill(heir, gather(parameter.detach()))
-        heir.requires_grad_(parameter.requires_grad)
-        heirs[parameter] = [Heir(name, heir, gather)]
-    return Replacement(names, old, linear, heirs)
+        parameter, successor = getattr(old, name), getattr(linear, name)
+        fill(successor, gather(parameter.detach()))
+        successor.requires_grad_(parameter.requires_grad)
+        successors[parameter] = [Successor(successor, gather)]
+    return Replacement(names, old, linear, successors)

@@ -1,4 +1,4 @@
-"""factorize and lower_rank: the error is the best there is, ranks follow the budget, and models go on training."""
+"""LowRank and Monarch: the error is the best possible, ranks follow the budget, and models train on."""
 
 import copy
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from blockdiag import LowRankConv, LowRankLinear, MonarchLinear, factorize, lower_rank
-from blockdiag.compression import projection
+from blockdiag import LowRank, LowRankConv, LowRankLinear, Monarch, MonarchLinear, compress
+from blockdiag.compression.numerics import projection
 from models import mlp
 
 
-def factorize_all(model, **arguments):
-    return factorize(model, min_features=0, min_channels=0, progress=False, **arguments)
+def factorize(model, config=LowRank, layers="*", *, calibration=None, budget=None, **settings):
+    """By a config of layers of any size."""
+    config = config(min_features=0, **settings)
+    return compress(model, config, layers, calibration=calibration, budget=budget, progress=False)
 
 
 def correlated(rows, features, dtype=torch.float64):
@@ -22,7 +24,7 @@ def correlated(rows, features, dtype=torch.float64):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
 def test_low_rank_is_the_truncated_svd(dtype, device):
     model = mlp(24, 16, dtype=dtype).to(device)
-    new, report = factorize_all(model, latent_features=4)
+    new, report = factorize(model, rank=4)
     values = torch.linalg.svdvals(model[0].weight.detach())
     best = (values[4:].square().sum() / values.square().sum()).sqrt().item()
     assert type(new[0]) is LowRankLinear
@@ -32,14 +34,14 @@ def test_low_rank_is_the_truncated_svd(dtype, device):
     assert torch.equal(new[0].bias, model[0].bias)
 
 
-@pytest.mark.parametrize("method", ["low_rank", "monarch"])
+@pytest.mark.parametrize("method", [LowRank, Monarch])
 @pytest.mark.parametrize("bias", [False, True])
 def test_calibration_lowers_the_error_of_the_outputs(method, bias):
     model = nn.Sequential(nn.Linear(24, 16, bias=bias, dtype=torch.float64))
     x = correlated(200, 24)
-    structure = {"num_blocks": (4, 2), "rank": 2} if method == "monarch" else {"latent_features": 4}
-    blind, _ = factorize_all(model, method=method, **structure)
-    new, report = factorize_all(model, method=method, calibration=[x[:100], (x[100:],)], **structure)
+    structure = {"num_blocks": (4, 2), "rank": 2} if method is Monarch else {"rank": 4}
+    blind, _ = factorize(model, method, **structure)
+    new, report = factorize(model, method, calibration=[x[:100], (x[100:],)], **structure)
     error = ((new(x) - model(x)).norm() / (x @ model[0].weight.T).norm()).item()
     assert report.layers[0].calibrated
     assert report.layers[0].error == pytest.approx(error, rel=1e-6)
@@ -49,7 +51,7 @@ def test_calibration_lowers_the_error_of_the_outputs(method, bias):
 def test_low_rank_on_outputs_is_not_beaten_by_alternating_least_squares():
     """What Composer does: from the singular vectors, refit each factor to the outputs in turn."""
     model, x = mlp(24, 16), correlated(200, 24)
-    new, _ = factorize_all(model, latent_features=4, calibration=[x])
+    new, _ = factorize(model, rank=4, calibration=[x])
     y = model(x)
     centered_x, centered_y = x - x.mean(0), y - y.mean(0)
     left, values, right = torch.linalg.svd(model[0].weight.T, full_matrices=False)
@@ -64,13 +66,13 @@ def test_low_rank_on_outputs_is_not_beaten_by_alternating_least_squares():
 
 def test_monarch_is_its_closed_form_optimum():
     model = mlp(24, 36, 24)
-    new, report = factorize_all(model, method="monarch", num_blocks=(4, 6))
+    new, report = factorize(model, Monarch, num_blocks=(4, 6))
     for index, layer in ((0, report.layers[0]), (2, report.layers[1])):
         weight, spectrum = model[index].weight, projection.spectrum(model[index].weight.detach(), (4, 6), None)
         best = (spectrum[1:].sum() / spectrum.sum()).sqrt().item()
         assert layer.error == pytest.approx(best)
         assert ((new[index].weight - weight).norm() / weight.norm()).item() == pytest.approx(best)
-    usual, _ = factorize_all(model, method="monarch")
+    usual, _ = factorize(model, Monarch)
     assert [usual[0].num_blocks, usual[2].num_blocks] == [(4, 6), (6, 4)]
 
 
@@ -88,13 +90,14 @@ CONVOLUTIONS = [
 def test_convolutions(conv, shape):
     model = nn.Sequential(copy.deepcopy(conv).double())
     x = torch.randn(6, *shape, dtype=torch.float64).cumsum(-1)
-    blind, report = factorize_all(model, latent_channels=2)
+    blind, report = factorize(model, rank=2)
     weight = model[0].weight
     assert type(blind[0]) is LowRankConv
     per_group = weight.flatten(1).unflatten(0, (conv.groups, -1))
     left_out = torch.linalg.svdvals(per_group)[:, 2:].square().sum()
     assert report.layers[0].error == pytest.approx((left_out.sqrt() / weight.norm()).item())
-    new, report = factorize_all(model, latent_channels=2, calibration=[x], measure=1)
+    config = LowRank(rank=2, min_features=0)
+    new, report = compress(model, config, calibration=[x], measure=1, progress=False)
     assert report.layers[0].cost_after.seconds > 0
     error = (new(x) - model(x)).norm()
     assert error < 0.99 * (blind(x) - model(x)).norm()
@@ -102,23 +105,25 @@ def test_convolutions(conv, shape):
     assert report.layers[0].error == pytest.approx((error / (model(x) - bias).norm()).item(), rel=1e-6)
 
 
-def test_latent_sizes():
+def test_ranks():
     """A number is a rank, a fraction one of the smaller side; only what saves operations is done."""
     model = nn.Sequential(
         nn.Linear(32, 16), nn.Unflatten(-1, (16, 1)), nn.Conv1d(16, 64, 1), nn.Conv1d(64, 32, 1, groups=4)
     )
-    new, _ = factorize_all(model)
+    new, _ = factorize(model)
     assert [new[0].rank, new[2].rank, new[3].rank] == [4, 4, 2]
-    new, report = factorize_all(model, latent_features=11, latent_channels=0.5)
+    configs = {nn.Linear: LowRank(rank=11, min_features=0), nn.Conv1d: LowRank(rank=0.5, min_features=0)}
+    new, report = compress(model, configs, progress=False)
     assert report.skipped == {"0": "rank 11 would not save operations (up to 10 would)"}
     assert type(new[0]) is nn.Linear
     assert [new[2].rank, new[3].rank] == [8, 4]
-    new, report = factorize(model, min_features=17, min_channels=32, progress=False)
+    configs = {nn.Linear: LowRank(min_features=17), nn.Conv1d: LowRank(min_features=32)}
+    new, report = compress(model, configs, progress=False)
     assert report.skipped == {"0": "fewer than 17 features", "2": "fewer than 32 channels"}
-    new, _ = factorize_all(model, policy={"0": 3})
+    new, _ = factorize(model, layers="0", rank=3)
     assert new[0].rank == 3
     with pytest.warns(UserWarning, match="nothing was converted"):
-        same, report = factorize(model, progress=False)
+        same, report = compress(model, LowRank(), progress=False)
     assert all(type(a) is type(b) for a, b in zip(same, model, strict=True))
 
 
@@ -131,18 +136,16 @@ def low_rank_plus_noise(*sizes, rank):
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("method", ["low_rank", "monarch"])
+@pytest.mark.parametrize("method", [LowRank, Monarch])
 def test_the_smallest_rank_within_an_error(method, calibrated):
     model = low_rank_plus_noise(40, 30, 50, rank=3)
     calibration = [correlated(400, 40)] if calibrated else None
-    structure = {"num_blocks": 2} if method == "monarch" else {}
-    new, report = factorize_all(model, method=method, max_error=0.1, calibration=calibration, **structure)
+    structure = {"num_blocks": 2} if method is Monarch else {}
+    new, report = factorize(model, method, max_error=0.1, calibration=calibration, **structure)
     for layer, index in zip(report.layers, (0, 2), strict=True):
         rank = new[index].rank
         assert layer.error <= 0.1
-        smaller, less = factorize_all(
-            model, policy={str(index): rank - 1}, method=method, calibration=calibration, **structure
-        )
+        smaller, less = factorize(model, method, str(index), rank=rank - 1, calibration=calibration, **structure)
         assert less.layers[0].error > 0.1
         assert smaller[index].rank == rank - 1
 
@@ -150,7 +153,7 @@ def test_the_smallest_rank_within_an_error(method, calibrated):
 def test_an_error_that_no_rank_reaches_leaves_the_layer():
     model = mlp(16, 16)
     with pytest.warns(UserWarning, match="nothing was converted"):
-        _, report = factorize_all(model, max_error=0.01)
+        _, report = factorize(model, max_error=0.01)
     assert "no rank that saves operations (up to 7) has an error of at most 0.01" in report.skipped["0"]
 
 
@@ -161,7 +164,7 @@ def test_an_estimate_of_the_rank_is_no_reason_to_give_up():
     model[0].weight.data = torch.cat([weight, low - weight], 1)
     x = torch.randn(2000, 32)
     x = torch.cat([x, x + 1e-4 * torch.randn(2000, 32)], 1)
-    new, report = factorize_all(model, method="monarch", num_blocks=2, max_error=0.1, calibration=[x])
+    new, report = factorize(model, Monarch, num_blocks=2, max_error=0.1, calibration=[x])
     assert new[0].rank == 1
     assert report.layers[0].error < 1e-2
 
@@ -170,53 +173,53 @@ def test_equal_singular_values_share_the_budget():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     for layer in model:
         nn.init.eye_(layer.weight)
-    new, _ = factorize_all(model, operation_budget=0.5)
+    new, _ = factorize(model, budget=0.5)
     assert sum(p.numel() for layer in new for p in layer.parameters() if p.dim() > 1) == 64 * 64
 
 
-@pytest.mark.parametrize("method", ["low_rank", "monarch"])
+@pytest.mark.parametrize("method", [LowRank, Monarch])
 @pytest.mark.parametrize("budget", [0.2, 0.5, 0.8])
 def test_operations_within_a_budget_go_where_they_help(method, budget):
     """Layers of one size and error: the one with a few large singular values gets the lower rank."""
     model = nn.Sequential(low_rank_plus_noise(64, 64, rank=2)[0], nn.Linear(64, 64, dtype=torch.float64))
-    structure = {"num_blocks": 2} if method == "monarch" else {}
-    new, _ = factorize_all(model, method=method, operation_budget=budget, **structure)
+    structure = {"num_blocks": 2} if method is Monarch else {}
+    new, _ = factorize(model, method, budget=budget, **structure)
     dense = 2 * 2 * 64 * 64
     total = sum(2 * sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in new)
     assert (budget - 0.1) * dense < total <= budget * dense
-    assert type(new[0]) is (MonarchLinear if method == "monarch" else LowRankLinear)
+    assert type(new[0]) is (MonarchLinear if method is Monarch else LowRankLinear)
     assert type(new[1]) is nn.Linear or new[1].rank > new[0].rank
-    with pytest.raises(ValueError, match=r"an operation_budget of 0.001 is less than rank 1 of every layer needs"):
-        factorize_all(model, method=method, operation_budget=0.001, **structure)
+    with pytest.raises(ValueError, match=r"a budget of 0.001 is less than rank 1 of every layer needs"):
+        factorize(model, method, budget=0.001, **structure)
 
 
-@pytest.mark.parametrize("method", ["low_rank", "monarch"])
+@pytest.mark.parametrize("method", [LowRank, Monarch])
 def test_lowered_rank(method):
     model, x = mlp(24, 36, 24), correlated(300, 24)
-    structure = {"num_blocks": (2, 3), "rank": 4} if method == "monarch" else {"latent_features": 12}
-    start, _ = factorize_all(model, method=method, **structure)
+    structure = {"num_blocks": (2, 3), "rank": 4} if method is Monarch else {"rank": 12}
+    start, _ = factorize(model, method, **structure)
     bound = torch.optim.Adam(start.parameters())
     start(x).square().sum().backward()
     bound.step()
     before = copy.deepcopy(start)
-    lower = {"rank": 2} if method == "monarch" else {"latent_features": 6}
-    same, report = lower_rank(start, **lower, optimizers=bound, inplace=True, calibration=[x], progress=False)
+    lower = method(rank=2 if method is Monarch else 6)
+    same, report = compress(start, lower, optimizers=bound, inplace=True, calibration=[x], progress=False)
     assert same is start
-    assert [start[0].rank, start[2].rank] == [next(iter(lower.values()))] * 2
+    assert [start[0].rank, start[2].rank] == [lower.rank] * 2
     assert [p for group in bound.param_groups for p in group["params"]] == list(start.parameters())
     error = (start[0](x) - before[0](x)).norm() / nn.functional.linear(x, before[0].weight).norm()
     assert report.layers[0].error == pytest.approx(error.item(), rel=1e-6)
-    assert bound.state[start[0].bias] if method == "low_rank" else bound.state[start[0].second.bias]
-    _, report = lower_rank(start, "0", **lower, dry_run=True, progress=False)
+    assert bound.state[start[0].bias] if method is LowRank else bound.state[start[0].second.bias]
+    _, report = compress(start, lower, "0", dry_run=True, progress=False)
     assert "would not save operations" in report.skipped["0"]
-    smaller, _ = lower_rank(start, operation_budget=0.5, progress=False)
+    smaller, _ = compress(start, method(), budget=0.5, progress=False)
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in start.parameters())
 
 
 def test_lowered_rank_of_convolutions():
     model = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(24, 32, 1, groups=2))
-    start, _ = factorize_all(model, latent_channels=0.5)
-    new, _ = lower_rank(start, latent_channels=2, progress=False)
+    start, _ = factorize(model, rank=0.5)
+    new, _ = compress(start, LowRank(rank=2), progress=False)
     assert [new[0].rank, new[2].rank] == [2, 2]
     assert new[0].down.stride == (2, 2)
     assert new(torch.randn(2, 16, 8, 8)).shape == (2, 32, 4, 4)
@@ -231,7 +234,7 @@ def test_training_goes_on():
         model(x).square().mean().backward()
         bound.step()
     moments = bound.state[model[0].bias]["exp_avg"].clone()
-    factorize_all(model, policy="0", optimizers=bound, inplace=True)
+    compress(model, LowRank(min_features=0), "0", optimizers=bound, inplace=True, progress=False)
     assert bound.param_groups[0]["param_names"] == ["0.down.weight", "0.up.weight", "0.up.bias", "2.weight", "2.bias"]
     assert torch.equal(bound.state[model[0].up.bias]["exp_avg"], moments)
     losses = []
@@ -245,13 +248,13 @@ def test_training_goes_on():
     assert set(bound.state) == set(model.parameters())
 
 
-@pytest.mark.parametrize("method", ["low_rank", "monarch"])
+@pytest.mark.parametrize("method", [LowRank, Monarch])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_inside_attention(method, batch_first):
     """nn.MultiheadAttention reads its output projection's weight, also in its fused inference path."""
     layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=batch_first)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    new, report = factorize_all(model, method=method)
+    new, report = factorize(model, method)
     assert len(report.layers) == 6
     read = [layer for layer in report.layers if layer.name.endswith("out_proj")]
     assert all(layer.cost_after.operations == layer.cost_before.operations for layer in read)
@@ -275,11 +278,11 @@ def test_inside_attention(method, batch_first):
 def test_tied_layers_stay_tied():
     model = mlp(16, 16, 16)
     model[2].weight = model[0].weight
-    new, _ = factorize_all(model, calibration=[correlated(100, 16)], latent_features=3)
+    new, _ = factorize(model, calibration=[correlated(100, 16)], rank=3)
     assert new[0].down.weight is new[2].down.weight
     assert new[0].up.weight is new[2].up.weight
     assert new[0].bias is not new[2].bias
-    lower, _ = lower_rank(new, latent_features=2, progress=False)
+    lower, _ = compress(new, LowRank(rank=2), progress=False)
     assert lower[0].down.weight is lower[2].down.weight
     assert lower[0].rank == 2
 
@@ -287,7 +290,7 @@ def test_tied_layers_stay_tied():
 def test_float16_and_frozen_layers():
     model = mlp(16, 16, dtype=torch.float32).half().eval()
     model[0].weight.requires_grad_(False)
-    new, report = factorize_all(model, latent_features=4)
+    new, report = factorize(model, rank=4)
     assert [(p.dtype, p.requires_grad) for p in new.parameters()] == [
         (torch.float16, False), (torch.float16, False), (torch.float16, True)]  # fmt: skip
     assert not new[0].training
@@ -295,37 +298,8 @@ def test_float16_and_frozen_layers():
     assert report.layers[0].error == pytest.approx((difference / model[0].weight.double().norm()).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "tensor_train"}, "expected method to be 'low_rank' or 'monarch', but got 'tensor_train'"),
-        ({"method": "monarch", "latent_features": 2}, "are of method='low_rank'"),
-        ({"rank": 2}, "are of method='monarch'"),
-        ({"latent_features": 0}, "expected latent_features to be a positive integer or a fraction below 1, but got 0"),
-        (
-            {"latent_features": 2.5},
-            "expected latent_features to be a positive integer or a fraction below 1, but got 2.5",
-        ),
-        ({"max_error": 1.5}, "expected max_error to be between 0 and 1, but got 1.5"),
-        ({"latent_features": 2, "max_error": 0.5}, "expected one of a fixed rank, max_error and operation_budget"),
-        (
-            {"method": "monarch", "num_blocks": 3},
-            r"'0' \(in_features=8, out_features=8\) cannot be split into \(3, 3\)",
-        ),
-        ({"policy": {"0": 0}}, "the policy gives '0' the rank 0"),
-        ({"policy": "nothing"}, "matches no layer"),
-    ],
-)
-def test_bad_settings(arguments, message):
+def test_sizes_that_are_not_divisible():
     model = mlp(8, 8)
-    with pytest.raises(ValueError, match=message):
-        factorize_all(model, inplace=True, **arguments)
+    with pytest.raises(ValueError, match=r"'0' \(in_features=8, out_features=8\) cannot be split into \(3, 3\)"):
+        compress(model, Monarch(num_blocks=3, min_features=0), inplace=True, progress=False)
     assert type(model[0]) is nn.Linear
-
-
-def test_converted_layers_are_left_to_lower_rank():
-    model, _ = factorize_all(mlp(8, 8))
-    with pytest.raises(ValueError, match=r"converted already: \['0'\]"):
-        factorize_all(model)
-    with pytest.raises(ValueError, match="matches no layer that could be converted"):
-        lower_rank(mlp(8, 8), latent_features=1)

@@ -1,14 +1,13 @@
-"""replace_linear: what it replaces, how close that comes, and what it reports."""
+"""BlockDiagonal: how close the blocks come to the dense layer, permutations, and reports."""
 
 import copy
 import re
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from blockdiag import BlockDiagLinear, PermutedBlockDiagLinear, replace_linear
+from blockdiag import BlockDiagLinear, BlockDiagonal, PermutedBlockDiagLinear, compress
 from models import hidden_blocks, mlp
 
 
@@ -22,7 +21,8 @@ def test_what_is_block_diagonal_is_computed_exactly(permute, calibrated, device)
     x = torch.randn(100, 32, dtype=torch.float64, device=device)
     calibration = [x[:60], x[60:]] if calibrated else None
     before = copy.deepcopy(model.state_dict())
-    new, report = replace_linear(model, {"0": 4, "2": 2}, permute=permute, calibration=calibration, progress=False)
+    configs = {"0": BlockDiagonal(4, permute=permute), "2": BlockDiagonal(2, permute=permute)}
+    new, report = compress(model, configs, calibration=calibration, progress=False)
     torch.testing.assert_close(new(x), model(x))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert type(new[0]) is (PermutedBlockDiagLinear if permute else BlockDiagLinear)
@@ -37,14 +37,14 @@ def test_what_is_block_diagonal_is_computed_exactly(permute, calibrated, device)
 def test_reported_errors_are_those_of_the_outputs(permute, bias, dtype):
     model = mlp(24, 16, bias=bias, dtype=dtype)
     x = torch.randn(200, 24, dtype=dtype) @ torch.randn(24, 24, dtype=dtype) + 1
-    new, report = replace_linear(model, num_blocks=4, permute=permute, calibration=[x], progress=False)
+    new, report = compress(model, BlockDiagonal(4, permute=permute), calibration=[x], progress=False)
     (layer,) = report.layers
     outputs = x @ model[0].weight.mT
     assert layer.error == pytest.approx(((new(x) - model(x)).norm() / outputs.norm()).item(), rel=1e-4)
     diagonal = BlockDiagLinear.from_dense(model[0], 4)
     assert layer.steps[0].error == pytest.approx(((diagonal(x) - model(x)).norm() / outputs.norm()).item(), rel=1e-4)
     assert layer.error < layer.steps[0].error
-    weights, report = replace_linear(model, num_blocks=4, permute=permute, progress=False)
+    weights, report = compress(model, BlockDiagonal(4, permute=permute), progress=False)
     difference = weights[0].to_dense().weight - model[0].weight
     assert report.layers[0].error == pytest.approx((difference.norm() / model[0].weight.norm()).item(), rel=1e-4)
 
@@ -58,8 +58,8 @@ def test_folded_permutations_change_nothing():
     unfolded = copy.deepcopy(model)
     for module in model:
         module.register_forward_hook(lambda *_: None)  # a hook could see the order: nothing is folded
-    by_hand, _ = replace_linear(model, ["2", "5", "7"], num_blocks=4, permute=True, progress=False)
-    folded, _ = replace_linear(unfolded, ["2", "5", "7"], num_blocks=4, permute=True, progress=False)
+    by_hand, _ = compress(model, BlockDiagonal(4, permute=True), ["2", "5", "7"], progress=False)
+    folded, _ = compress(unfolded, BlockDiagonal(4, permute=True), ["2", "5", "7"], progress=False)
     torch.testing.assert_close(folded(x), by_hand(x))
 
     def permutations(model):
@@ -104,34 +104,20 @@ class Block(nn.Module):
 )
 def test_permutations_are_folded_where_a_forward_leads_from_layer_to_layer(kind, folded):
     model, x = nn.Sequential(Block(kind), nn.Linear(8, 8, dtype=torch.float64)), torch.randn(20, 8, dtype=torch.float64)
-    new, _ = replace_linear(model, "0.*", num_blocks=4, permute=True, progress=False)
+    new, _ = compress(model, BlockDiagonal(4, permute=True), "0.*", progress=False)
     assert (new[0].up.output_permutation is None) == folded
     hooked = copy.deepcopy(model)
     for module in hooked.modules():
         module.register_forward_hook(lambda *_: None)
-    expected, _ = replace_linear(hooked, "0.*", num_blocks=4, permute=True, progress=False)
+    expected, _ = compress(hooked, BlockDiagonal(4, permute=True), "0.*", progress=False)
     for mode in (True, False):
         torch.testing.assert_close(new.train(mode)(x), expected.train(mode)(x))
         torch.testing.assert_close(new(-x), expected(-x))
 
 
-@pytest.mark.parametrize(
-    "policy",
-    ["encoder.*", re.compile(r"^encoder\.\d"), ["encoder.0", "encoder.2"], {"encoder.*": 2},
-     lambda name, layer: layer.out_features == 8, lambda name, layer: 2 if name.startswith("encoder") else None],
-    ids=["glob", "regex", "list", "mapping", "predicate", "number"],
-)  # fmt: skip
-def test_policies(policy):
-    model = nn.ModuleDict({"encoder": mlp(8, 8, 8), "head": nn.Linear(8, 4)})
-    new, report = replace_linear(model, policy, num_blocks=2, progress=False)
-    assert [layer.name for layer in report.layers] == ["encoder.0", "encoder.2"]
-    assert [type(m) for m in (new["encoder"][0], new["encoder"][2], new["head"])] == [BlockDiagLinear] * 2 + [nn.Linear]
-    assert new["encoder"][0].num_blocks == 2
-
-
-def test_parameter_budget():
+def test_budget():
     model = mlp(24, 36, 30)
-    new, report = replace_linear(model, parameter_budget=0.3, progress=False)
+    new, report = compress(model, BlockDiagonal(), budget=0.3, progress=False)
     assert [new[0].num_blocks, new[2].num_blocks] == [4, 6]
     assert report.total("cost_after").operations == 2 * (24 * 36 // 4 + 36 * 30 // 6)
 
@@ -139,8 +125,8 @@ def test_parameter_budget():
 def test_dry_run_and_report():
     model = mlp(8, 8, 4, dtype=torch.float32)
     before = copy.deepcopy(model)
-    same, report = replace_linear(
-        model, num_blocks=2, min_features=5, dry_run=True, inplace=True, measure=16, progress=False
+    same, report = compress(
+        model, BlockDiagonal(2, min_features=5), dry_run=True, inplace=True, measure=16, progress=False
     )
     assert same is model
     assert repr(model) == repr(before)
@@ -159,7 +145,7 @@ def test_transformer_encoder(nested):
     """Its fused inference path reads dense weights: it is not taken where they are none."""
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
-    new, report = replace_linear(model, "*", num_blocks=4, progress=False)
+    new, report = compress(model, BlockDiagonal(4), progress=False)
     assert len(report.layers) == 4
     assert sorted(report.skipped) == ["layers.0.self_attn.out_proj", "layers.1.self_attn.out_proj"]
     x, mask = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
@@ -181,24 +167,10 @@ def test_nothing_to_convert():
     """A warning, and a copy all the same."""
     model = mlp(8, 8)
     with pytest.warns(UserWarning, match="nothing was converted: .*fewer than 9 features"):
-        new, report = replace_linear(model, num_blocks=2, min_features=9, progress=False)
+        new, report = compress(model, BlockDiagonal(2, min_features=9), progress=False)
     assert new is not model
     assert type(new[0]) is nn.Linear
     assert not report.layers
-
-
-@pytest.mark.parametrize(
-    ("answer", "converted"),
-    [(True, True), (False, False), (None, False), (torch.tensor(True), True), (np.False_, False), (np.int64(2), True)],
-    ids=repr,
-)
-def test_what_a_policy_may_return(answer, converted):
-    model = mlp(8, 8, 8)
-    new, _ = replace_linear(model, lambda name, _: answer if name == "0" else 4, num_blocks=2, progress=False)
-    assert isinstance(new[0], BlockDiagLinear) == converted
-    for wrong in (2.5, "yes"):
-        with pytest.raises(TypeError, match="expected the policy to return a bool, an int or None for '0', but got"):
-            replace_linear(model, lambda name, _, wrong=wrong: wrong, num_blocks=2)
 
 
 class UsedAsList(nn.Module):
@@ -215,7 +187,7 @@ class UsedAsList(nn.Module):
 
 def test_permutations_are_not_folded_into_what_only_looks_like_a_chain():
     model, x = UsedAsList(), torch.randn(20, 32, dtype=torch.float64)
-    new, _ = replace_linear(model, num_blocks=4, permute=True, progress=False)
+    new, _ = compress(model, BlockDiagonal(4, permute=True), progress=False)
     torch.testing.assert_close(new(x), model(x))
 
 
@@ -223,7 +195,7 @@ def test_reported_errors_are_those_of_the_stored_blocks():
     model = mlp(16, 16, dtype=torch.float32).bfloat16()
     x = torch.randn(100, 16).bfloat16()
     model[0].weight.data = torch.block_diag(*torch.randn(4, 4, 4)).bfloat16()
-    new, report = replace_linear(model, num_blocks=4, calibration=[x[:8].repeat(10, 1)], progress=False)
+    new, report = compress(model, BlockDiagonal(4), calibration=[x[:8].repeat(10, 1)], progress=False)
     difference = new[0].to_dense().weight.double() - model[0].weight.double()
     outputs = x[:8].double() @ model[0].weight.double().T
     shift = (new[0].bias - model[0].bias).double()
@@ -234,7 +206,7 @@ def test_reported_errors_are_those_of_the_stored_blocks():
 def test_shared_weights_count_once():
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     model[1].weight = model[0].weight
-    _, report = replace_linear(model, num_blocks=4, progress=False)
+    _, report = compress(model, BlockDiagonal(4), progress=False)
     assert report.total("cost_before").parameters == 64 * 64
     assert report.total("cost_after").parameters == 64 * 16
     assert report.total("cost_after").operations == 2 * 2 * 64 * 16
@@ -243,9 +215,9 @@ def test_shared_weights_count_once():
 def test_missing_scipy_is_told_of(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match="pip install scipy scikit-learn"):
-        replace_linear(mlp(4, 4), num_blocks=2, permute=True, progress=False)
+        compress(mlp(4, 4), BlockDiagonal(2, permute=True), progress=False)
 
 
 def test_few_calibration_rows_are_warned_of():
     with pytest.warns(UserWarning, match="'0' has 8 inputs, but was calibrated on only 5 rows"):
-        replace_linear(mlp(8, 8), num_blocks=2, calibration=[torch.randn(5, 8, dtype=torch.float64)], progress=False)
+        compress(mlp(8, 8), BlockDiagonal(2), calibration=[torch.randn(5, 8, dtype=torch.float64)], progress=False)

@@ -1,13 +1,15 @@
-"""Conversions take hooks, sharing and optimizers along; bad input, or an interruption, changes nothing."""
+"""compress carries hooks, sharing and optimizers over; bad input, or an interruption, changes nothing."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from blockdiag import BlockDiagLinear, factorize, replace_linear
+from blockdiag import BlockDiagLinear, BlockDiagonal, LowRank, compress
+from blockdiag.compression.numerics import projection
 from models import mlp
 
 
@@ -17,7 +19,7 @@ def test_what_carries_over():
     model[2].bias.requires_grad_(False)
     calls = []
     handle = model[0].register_forward_hook(lambda module, *_: calls.append(type(module)))
-    replace_linear(model, num_blocks=2, inplace=True, progress=False)
+    compress(model, BlockDiagonal(2), inplace=True, progress=False)
     assert not model[0].training
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, False]
     model(torch.randn(3, 8))
@@ -25,7 +27,7 @@ def test_what_carries_over():
     handle.remove()  # the user's handle still knows its hook
     model(torch.randn(3, 8))
     assert len(calls) == 1
-    half, _ = replace_linear(mlp(8, 8).half(), num_blocks=2, progress=False)
+    half, _ = compress(mlp(8, 8).half(), BlockDiagonal(2), progress=False)
     assert half[0].weight.dtype == torch.float16
 
 
@@ -35,7 +37,7 @@ def test_shared_layers_and_weights_stay_shared():
     model[4].weight = model[2].weight
     x = torch.randn(40, 8, dtype=torch.float64)
     for calibration in (None, [x]):
-        new, report = replace_linear(model, num_blocks=2, calibration=calibration, progress=False)
+        new, report = compress(model, BlockDiagonal(2), calibration=calibration, progress=False)
         assert new[5] is new[0]
         assert new[4].weight is new[2].weight
         assert new[4].bias is not new[2].bias
@@ -59,7 +61,7 @@ def test_optimizers_are_rebound(optimizer, permute):
         bound.step()
     old, state = copy.deepcopy(model), [dict(bound.state[p]) for p in model.parameters()]
     grads = [p.grad for p in model.parameters()]
-    new, _ = replace_linear(model, num_blocks=2, permute=permute, optimizers=bound, inplace=True, progress=False)
+    new, _ = compress(model, BlockDiagonal(2, permute=permute), optimizers=bound, inplace=True, progress=False)
     assert new is model
     assert [len(group["params"]) for group in bound.param_groups] == [2, 2]
     assert [p for group in bound.param_groups for p in group["params"]] == list(model.parameters())
@@ -96,7 +98,7 @@ def test_optimizers_are_rebound(optimizer, permute):
 def test_named_parameters_of_optimizers():
     model = mlp(8, 8, 8)
     bound = torch.optim.Adam(model.named_parameters())
-    replace_linear(model, "2", num_blocks=2, optimizers=[bound], inplace=True, progress=False)
+    compress(model, BlockDiagonal(2), "2", optimizers=[bound], inplace=True, progress=False)
     assert bound.param_groups[0]["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert bound.param_groups[0]["params"][2] is model[2].weight
 
@@ -117,7 +119,7 @@ def pruned(model):
     prune.l1_unstructured(model[0], "weight", 0.5)
 
 
-def normalised(model):
+def normalized(model):
     parametrizations.weight_norm(model[0])
 
 
@@ -132,7 +134,7 @@ def tied_to_embedding(model):
 
 
 def converted(model):
-    replace_linear(model, num_blocks=2, inplace=True, progress=False)
+    compress(model, BlockDiagonal(2), inplace=True, progress=False)
 
 
 def quantized(model):
@@ -146,18 +148,18 @@ def quantized(model):
         (on_meta, {}, "'0' is on the meta device"),
         (not_finite, {}, "'2.weight' has NaN or infinite values"),
         (pruned, {}, r"'0' has parameters \['bias', 'weight_orig'\] in place of weight and bias"),
-        (normalised, {}, "'0' is parametrized"),
+        (normalized, {}, "'0' is parametrized"),
         (hooked, {}, "'0.weight' has hooks of its own"),
         (tied_to_embedding, {}, "'0' shares a parameter with '5.weight'"),
         (converted, {}, r"matches no layer that could be converted; converted already: \['0', '2', '4'\]"),
         (quantized, {}, "'0' is quantized"),
-        (None, {"num_blocks": 3}, r"'0' \(in_features=8, out_features=8\) cannot be split into 3 equal blocks"),
-        (None, {"num_blocks": None, "parameter_budget": 0.01}, "no number of equal blocks keeps it within a budget"),
-        (None, {"parameter_budget": 0.5}, "expected either num_blocks or parameter_budget, but got both"),
-        (None, {"num_blocks": None}, "neither num_blocks nor parameter_budget nor the policy says how to split '0'"),
-        (None, {"policy": "decoder.*"}, r"the policy's 'decoder.\*' matches no layer"),
-        (None, {"policy": ["0", "1"]}, "the policy's '1' matches no layer"),
-        (None, {"policy": lambda name, layer: False}, "the policy matches no layer"),
+        (None, {"config": BlockDiagonal(3)}, r"'0' \(in_features=8, out_features=8\) cannot be split into 3 equal"),
+        (None, {"config": BlockDiagonal(), "budget": 0.01}, "no number of equal blocks keeps it within a budget"),
+        (None, {"budget": 0.5}, "expected either num_blocks or budget, but got both"),
+        (None, {"config": BlockDiagonal()}, "expected either num_blocks or budget, but got neither"),
+        (None, {"layers": "decoder.*"}, r"the pattern 'decoder.\*' matches no layer that could be converted"),
+        (None, {"layers": ["0", "1"]}, "the pattern '1' matches no layer that could be converted; '1' is a ReLU"),
+        (None, {"layers": lambda name, layer: False}, "the choice of layers matches no layer"),
         (None, {"calibration": [torch.randn(4, 7, dtype=torch.float64)]}, "the model failed on calibration batch 0"),
         (None, {"calibration": []}, "at least one batch, but got none"),
         (None, {"calibration": [torch.full((4, 8), torch.nan, dtype=torch.float64)]}, "inputs of '0' have NaN"),
@@ -176,9 +178,9 @@ def test_bad_input_changes_nothing(damage, arguments, message):
     modes = [module.training for module in modules]
     hooks = [len(module._forward_pre_hooks) for module in modules]
     values = [p.detach().clone() for p in groups]
-    arguments = {"policy": "*", "num_blocks": 2, "inplace": True, "optimizers": bound, **arguments}
+    arguments = {"config": BlockDiagonal(2), "inplace": True, "optimizers": bound, **arguments}
     with pytest.raises(ValueError, match=message):
-        replace_linear(model, progress=False, **arguments)
+        compress(model, progress=False, **arguments)
     assert list(model.modules()) == modules
     assert [module.training for module in modules] == modes
     assert all(a is b for a, b in zip(bound.param_groups[0]["params"], groups, strict=True))
@@ -191,8 +193,10 @@ def test_bad_input_changes_nothing(damage, arguments, message):
 def test_optimizers_with_state_that_does_not_map(optimizer):
     arguments = {"momentum": 0.9, "fused": True} if optimizer is torch.optim.SGD else {}
     for convert in (
-        lambda model, bound: replace_linear(model, "0", num_blocks=2, optimizers=bound, inplace=True, progress=False),
-        lambda model, bound: factorize(model, "0", min_features=0, optimizers=bound, inplace=True, progress=False),
+        lambda model, bound: compress(model, BlockDiagonal(2), "0", optimizers=bound, inplace=True, progress=False),
+        lambda model, bound: compress(
+            model, LowRank(min_features=0), "0", optimizers=bound, inplace=True, progress=False
+        ),
     ):
         model = mlp(8, 8, 8, dtype=torch.float32)
         bound = optimizer(model.parameters(), lr=1e-2, **arguments)
@@ -209,27 +213,27 @@ def test_optimizers_with_state_that_does_not_map(optimizer):
 def test_optimizers_that_keep_parameters_elsewhere_are_refused():
     model = mlp(8, 8)
     with pytest.raises(ValueError, match="LBFGS keeps parameters in its _params too"):
-        replace_linear(model, num_blocks=2, inplace=True, optimizers=torch.optim.LBFGS(model.parameters()))
+        compress(model, BlockDiagonal(2), inplace=True, optimizers=torch.optim.LBFGS(model.parameters()))
     assert type(model[0]) is nn.Linear
     muon = torch.optim.Muon([model[0].weight])
     with pytest.raises(ValueError, match="Muon takes matrices only"):
-        replace_linear(model, num_blocks=2, inplace=True, optimizers=muon, progress=False)
+        compress(model, BlockDiagonal(2), inplace=True, optimizers=muon, progress=False)
     assert type(model[0]) is nn.Linear
 
 
-def test_the_model_itself_is_no_layer_of_a_model():
+def test_the_model_itself_is_not_replaced():
     with pytest.raises(ValueError, match=r"put it into an nn\.Sequential"):
-        replace_linear(nn.Linear(4, 4), num_blocks=2)
+        compress(nn.Linear(4, 4), BlockDiagonal(2))
 
 
 def test_a_layer_under_two_names_is_treated_as_one():
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     model["b"] = model["a"]
-    with pytest.raises(ValueError, match=r"\['a', 'b'\] are one layer, but the policy treats them differently"):
-        replace_linear(model, "a", num_blocks=2)
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] are one layer, but get different configs"):
+        compress(model, BlockDiagonal(2), "a")
     model["c"].weight = model["a"].weight
-    with pytest.raises(ValueError, match="'a' and 'c' share a weight, but the policy treats them differently"):
-        replace_linear(model, {"a": 2, "b": 2, "c": 4})
+    with pytest.raises(ValueError, match="'a' and 'c' share a weight, but get different configs"):
+        compress(model, {"a": BlockDiagonal(2), "b": BlockDiagonal(2), "c": BlockDiagonal(4)})
 
 
 def test_interrupted_work_changes_nothing(monkeypatch):
@@ -240,11 +244,11 @@ def test_interrupted_work_changes_nothing(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for where in ("projection.diagonal_blocks", "convert.commit"):
+    for module, name in ((projection, "diagonal_blocks"), (sys.modules[compress.__module__], "commit")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"blockdiag.compression.{where}", interrupt)
+            patch.setattr(module, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
-                replace_linear(model, num_blocks=2, inplace=True, optimizers=bound, progress=False)
+                compress(model, BlockDiagonal(2), inplace=True, optimizers=bound, progress=False)
     # In the middle of replacing, after the optimizer and the first layer.
     add_module, calls = nn.Sequential.add_module, []
 
@@ -257,7 +261,7 @@ def test_interrupted_work_changes_nothing(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(nn.Sequential, "add_module", add_one)
         with pytest.raises(KeyboardInterrupt):
-            replace_linear(model, num_blocks=2, inplace=True, optimizers=bound, progress=False)
+            compress(model, BlockDiagonal(2), inplace=True, optimizers=bound, progress=False)
     assert calls == ["0", "2", "2", "0"]
     assert all(a is b for a, b in zip(model, modules, strict=True))
     assert all(a is b for a, b in zip(bound.param_groups[0]["params"], parameters, strict=True))
@@ -268,7 +272,7 @@ def test_interrupted_work_changes_nothing(monkeypatch):
 def test_hooks_do_not_see_measurements():
     model, calls = mlp(8, 8), []
     model[0].register_forward_hook(lambda *_: calls.append(1))
-    replace_linear(model, num_blocks=2, measure=4, dry_run=True, progress=False)
+    compress(model, BlockDiagonal(2), measure=4, dry_run=True, progress=False)
     assert not calls
 
 
@@ -277,6 +281,6 @@ def test_a_compiled_model_is_calibrated():
     x = torch.randn(40, 8, dtype=torch.float64)
     with torch.no_grad():
         model(x)
-    new, report = replace_linear(model, num_blocks=2, calibration=[x], progress=False)
+    new, report = compress(model, BlockDiagonal(2), calibration=[x], progress=False)
     assert report.layers[0].calibrated
     assert new(x).shape == (40, 8)
