@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import blockdiag
+from blockdiag import backends
+from blockdiag._load import extension
 
 Forward = Callable[..., Tensor]
 Contestant = Callable[[Tensor, Tensor], tuple[Forward, list[Tensor]]]
@@ -246,19 +248,16 @@ def _cuda_gemm(library: str, tuned: bool = False, split_rows: int | None = None)
 
     `split_rows`: from this many rows on, small_blocks splits its sums over the batch.
     """
-    for name in ("preferred_cuda_gemm", *(["tune"] if tuned else [])):
-        if not hasattr(blockdiag, name):
-            raise NotImplementedError(f"this blockdiag has no {name}")
-    before = blockdiag.preferred_cuda_gemm()
-    blockdiag.preferred_cuda_gemm(library)
-    rows_before = None if split_rows is None else blockdiag._C.small_blocks_split_rows(split_rows)
+    before = backends.cuda.preferred_blas_library()
+    backends.cuda.preferred_blas_library(library)
+    rows_before = None if split_rows is None else extension.small_blocks_split_rows(split_rows)
     try:
-        with blockdiag.tune() if tuned else nullcontext():
+        with backends.tune() if tuned else nullcontext():
             yield
     finally:
-        blockdiag.preferred_cuda_gemm(before)
+        backends.cuda.preferred_blas_library(before)
         if rows_before is not None:
-            blockdiag._C.small_blocks_split_rows(rows_before)
+            extension.small_blocks_split_rows(rows_before)
 
 
 # More contestants: ours on CUDA, not computed by the default library.

@@ -1,7 +1,6 @@
 """Block-diagonal linear layers for PyTorch: many independent linear layers as one operation."""
 
 from blockdiag._load import extension as _extension
-from blockdiag.backends.tuning import preferred_cuda_gemm, tune
 from blockdiag.backends.tuning import tune_from_environment as _tune_from_environment
 from blockdiag.compression import BlockDiagonal, LowRank, Monarch, compress, split_attention
 from blockdiag.ensemble import stack_models
@@ -28,11 +27,9 @@ __all__ = [
     "functional",
     "linear",
     "nn",
-    "preferred_cuda_gemm",
     "registration",
     "split_attention",
     "stack_models",
-    "tune",
 ]
 
 
@@ -40,9 +37,9 @@ def build_info() -> dict[str, str]:
     """What blockdiag was built with, and the libraries that compute.
 
     Returns:
-        ``version``, ``torch`` and ``compiler`` that it was built as and with, ``cuda``: the version of CUDA, or
-        ``"none"``, and ``cpu_gemm``: what computes on this CPU. A build with CUDA has also ``cuda_gemm``, ``cublas``
-        and ``cublaslt``.
+        ``version``, ``torch`` and ``compiler`` that it was built as and with; ``cuda``, the version of CUDA, or
+        ``"none"``; ``cpu_gemm``, the library that is asked first on this CPU, and ``cpu_gemms``, all that it has. A
+        build with CUDA also has ``cuda_gemm``, ``cublas`` and ``cublaslt``.
 
     Example::
 

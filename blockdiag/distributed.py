@@ -1,86 +1,24 @@
-"""The layer over several processes: sharding rules for DTensor, and a style for tensor parallelism by blocks.
+"""The layer over several processes: a style for tensor parallelism by blocks, and placements for FSDP.
 
 The blocks are independent, so a layer whose weight and bias are sharded over their first dimension, and whose
 concatenated activations are sharded over their last one, needs no communication at all. Importing this module registers
-the rules.
+the sharding rules.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-from torch.distributed.tensor.experimental import register_sharding
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from blockdiag.nn import BlockDiagLinear, PermutedBlockDiagLinear
+from blockdiag.registration.dtensor import feature_dim, register_sharding_rules
 
 __all__ = ["BlockParallel", "shard_placement"]
 
-# One way to shard an op over one dimension of a mesh: the placements of its outputs and of its arguments.
-Sharding = tuple[list[Placement], list[Placement | None]]
-
-
-def _feature_dim(activation: Any, num_features: int) -> int:
-    """The dimension of an activation that runs over the blocks: the last one if concatenated, else the one before."""
-    return len(activation.shape) - (1 if activation.shape[-1] == num_features else 2)
-
-
-def _splits(num_blocks: int, mesh: DeviceMesh) -> bool:
-    """Whether all shards are of whole blocks, and of equally many."""
-    return all(num_blocks % size == 0 for size in mesh.shape)
-
-
-def _shard_linear(input: Any, weight: Any, bias: Any = None) -> list[Sharding]:
-    num_blocks, _, in_block = weight.shape
-    feature_dim = _feature_dim(input, num_blocks * in_block)
-
-    def sharding(output: Placement, input: Placement, weight: Placement) -> Sharding:
-        return [output], [input, weight, None if bias is None else weight]
-
-    shardings = [sharding(Replicate(), Replicate(), Replicate())]
-    shardings += [sharding(Shard(dim), Shard(dim), Replicate()) for dim in range(feature_dim)]
-    if _splits(num_blocks, weight.mesh):
-        shardings.append(sharding(Shard(feature_dim), Shard(feature_dim), Shard(0)))
-    return shardings
-
-
-def _shard_linear_input_grad(grad_output: Any, weight: Any, input_sizes: Sequence[int]) -> list[Sharding]:
-    num_blocks, out_block, _ = weight.shape
-    feature_dim = _feature_dim(grad_output, num_blocks * out_block)
-    shardings: list[Sharding] = [([Replicate()], [Replicate(), Replicate(), None])]
-    shardings += [([Shard(dim)], [Shard(dim), Replicate(), None]) for dim in range(feature_dim)]
-    if _splits(num_blocks, weight.mesh):
-        shardings.append(([Shard(feature_dim)], [Shard(feature_dim), Shard(0), None]))
-    return shardings
-
-
-def _shard_linear_weight_grad(grad_output: Any, input: Any, weight_sizes: Sequence[int]) -> list[Sharding]:
-    num_blocks, _, in_block = weight_sizes
-    feature_dim = _feature_dim(input, num_blocks * in_block)
-    shardings: list[Sharding] = [([Replicate()], [Replicate(), Replicate(), None])]
-    shardings += [([Partial()], [Shard(dim), Shard(dim), None]) for dim in range(feature_dim)]
-    if _splits(num_blocks, input.mesh):
-        shardings.append(([Shard(0)], [Shard(feature_dim), Shard(feature_dim), None]))
-    return shardings
-
-
-def _register() -> None:
-    ops = torch.ops.blockdiag
-    register_sharding(ops.linear.default)(_shard_linear)
-    register_sharding(ops.linear_input_grad.default)(_shard_linear_input_grad)
-    register_sharding(ops.linear_weight_grad.default)(_shard_linear_weight_grad)
-    # Their third argument is the size of the result: of its local part, where each shard computes its own.
-    propagator = DTensor._op_dispatcher.sharding_propagator
-    for op in (ops.linear_input_grad.default, ops.linear_weight_grad.default):
-        propagator.op_to_shape_and_stride_idx[op] = 2
-        propagator.op_to_schema_info[op] = RuntimeSchemaInfo(static_argnum=2)  # that list is to be kept as one
-
-
-_register()
+register_sharding_rules()
 
 
 def shard_placement(world_size: int) -> Callable[[nn.Parameter], Shard]:
@@ -170,7 +108,7 @@ class BlockParallel(ParallelStyle):
         (input,) = inputs
         if not isinstance(input, DTensor):
             input = DTensor.from_local(input, mesh, [self.input_layouts], run_check=False)
-        return input.redistribute(placements=[Shard(_feature_dim(input, module.in_features))])
+        return input.redistribute(placements=[Shard(feature_dim(input, module.weight.shape))])
 
     def _prepare_output(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
         if self.output_layouts is not None:

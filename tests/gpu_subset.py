@@ -42,12 +42,12 @@ def run_all(problems: list[Problem], dtypes: tuple[torch.dtype, ...]) -> int:
 
 def run_library(name: str) -> int:
     if name != "tuned":
-        blockdiag.preferred_cuda_gemm(name)
+        blockdiag.backends.cuda.preferred_blas_library(name)
         halves = (torch.float16, torch.bfloat16)
         return run_all(PROBLEMS, halves if name == "small_blocks" else (*halves, torch.float32))
     # Up to 16 algorithms for each product: two layers are enough.
-    blockdiag.preferred_cuda_gemm("cublaslt")
-    with blockdiag.tune():
+    blockdiag.backends.cuda.preferred_blas_library("cublaslt")
+    with blockdiag.backends.tune():
         return run_all([PROBLEMS[0], PROBLEMS[4]], (torch.float16,))
 
 

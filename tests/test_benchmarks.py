@@ -186,7 +186,7 @@ def choice(monkeypatch):
     """Stands in for blockdiag's choice of a CUDA library: what was computed by which, tuned or not."""
     state, seen = {"library": "cublas", "tuned": False}, []
 
-    def preferred_cuda_gemm(name=None):
+    def preferred_blas_library(name=None):
         if name == "small_blocks":
             raise RuntimeError("no kernels for small blocks")
         state["library"] = name or state["library"]
@@ -205,8 +205,8 @@ def choice(monkeypatch):
 
         return forward, [weight, bias]
 
-    monkeypatch.setattr(blockdiag, "preferred_cuda_gemm", preferred_cuda_gemm, raising=False)
-    monkeypatch.setattr(blockdiag, "tune", tune, raising=False)
+    monkeypatch.setattr(blockdiag.backends.cuda, "preferred_blas_library", preferred_blas_library)
+    monkeypatch.setattr(blockdiag.backends, "tune", tune)
     monkeypatch.setitem(CONTESTANTS, "ours", ours)
     return seen
 
@@ -222,7 +222,7 @@ def test_variants_compute_by_their_library(name, choice):
         assert len(entry["times_us"]) == 3
         assert set(choice) == {wanted[name]}
         assert len(choice) >= 1 + 2 + 3
-    assert blockdiag.preferred_cuda_gemm() == "cublas"
+    assert blockdiag.backends.cuda.preferred_blas_library() == "cublas"
 
 
 def test_variants_are_for_cuda():

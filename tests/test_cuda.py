@@ -118,7 +118,7 @@ for warn_only in (False, True):
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     theirs = outcome(lambda: torch.nn.functional.linear(x, w.view(8, 48), b[:8]))
     for library in ("cublas", "cublaslt", "small_blocks"):
-        blockdiag.preferred_cuda_gemm(library)
+        blockdiag.backends.cuda.preferred_blas_library(library)
         ours = outcome(lambda: blockdiag.linear(x, w, b))
         assert ours == theirs, (warn_only, library, ours, theirs)
 """
@@ -127,11 +127,11 @@ for warn_only in (False, True):
 @pytest.fixture(params=["cublas", "cublaslt", "tuned", "small_blocks"])
 def gemm(request):
     """Each way to compute on a GPU, in turn."""
-    before = blockdiag.preferred_cuda_gemm()
-    blockdiag.preferred_cuda_gemm("cublaslt" if request.param == "tuned" else request.param)
-    with blockdiag.tune() if request.param == "tuned" else nullcontext():
+    before = blockdiag.backends.cuda.preferred_blas_library()
+    blockdiag.backends.cuda.preferred_blas_library("cublaslt" if request.param == "tuned" else request.param)
+    with blockdiag.backends.tune() if request.param == "tuned" else nullcontext():
         yield request.param
-    blockdiag.preferred_cuda_gemm(before)
+    blockdiag.backends.cuda.preferred_blas_library(before)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -186,7 +186,7 @@ class TestDevice:
         input, weight, bias = make(Problem((64,), 4, 64, 32), dtype, "cuda")
         setattr(torch.backends.cuda.matmul, f"allow_{allow}_reduced_precision_reduction", (False, False))
         if gemm == "cublas":
-            with pytest.raises(RuntimeError, match=r"expected allow_splitk=True .*preferred_cuda_gemm"):
+            with pytest.raises(RuntimeError, match=r"expected allow_splitk=True .*preferred_blas_library"):
                 blockdiag.linear(input, weight, bias)
         else:
             try:

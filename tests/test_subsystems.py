@@ -190,7 +190,7 @@ def test_modes_and_subclasses(layer, x):
     assert op in seen
     with DispatchMode():
         layer(x).sum().backward()
-    backward = [torch.ops.blockdiag.linear_input_grad.default, torch.ops.blockdiag.linear_weight_grad.default]
+    backward = [torch.ops.blockdiag.linear_input_grad.default, torch.ops.blockdiag.linear_weight_bias_grad.default]
     assert {op.default, *backward} <= set(seen)
     output = layer(x.detach().as_subclass(Tagged))
     assert type(output) is Tagged

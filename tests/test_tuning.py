@@ -33,14 +33,14 @@ def content(*environments: dict) -> dict:
 @pytest.fixture
 def cublaslt():
     require_cuda_build()
-    before = blockdiag.preferred_cuda_gemm()
-    blockdiag.preferred_cuda_gemm("cublaslt")
+    before = blockdiag.backends.cuda.preferred_blas_library()
+    blockdiag.backends.cuda.preferred_blas_library("cublaslt")
     yield
-    blockdiag.preferred_cuda_gemm(before)
+    blockdiag.backends.cuda.preferred_blas_library(before)
 
 
 def while_tuning(path, action) -> None:
-    with blockdiag.tune(path):
+    with blockdiag.backends.tune(path):
         action()
 
 
@@ -59,22 +59,22 @@ def choices() -> list:
 class TestPreferredLibrary:
     def test_is_set_and_returned(self):
         require_cuda_build()
-        before = blockdiag.preferred_cuda_gemm()
+        before = blockdiag.backends.cuda.preferred_blas_library()
         try:
-            assert blockdiag.preferred_cuda_gemm("cublaslt") == "cublaslt"
-            assert blockdiag.build_info()["cuda_gemm"] == blockdiag.preferred_cuda_gemm() == "cublaslt"
+            assert blockdiag.backends.cuda.preferred_blas_library("cublaslt") == "cublaslt"
+            assert blockdiag.build_info()["cuda_gemm"] == blockdiag.backends.cuda.preferred_blas_library() == "cublaslt"
             with pytest.raises(ValueError, match=r'to be one of \[cublas, cublaslt, small_blocks\], but got "fast"'):
-                blockdiag.preferred_cuda_gemm("fast")
-            assert blockdiag.preferred_cuda_gemm() == "cublaslt"
+                blockdiag.backends.cuda.preferred_blas_library("fast")
+            assert blockdiag.backends.cuda.preferred_blas_library() == "cublaslt"
         finally:
-            blockdiag.preferred_cuda_gemm(before)
+            blockdiag.backends.cuda.preferred_blas_library(before)
 
     def test_without_cuda(self):
         if blockdiag.build_info()["cuda"] != "none":
             pytest.skip("this build has CUDA")
         with pytest.raises(RuntimeError, match="expected a build of blockdiag with CUDA"):
-            blockdiag.preferred_cuda_gemm()
-        with blockdiag.tune():  # a program that tunes runs everywhere
+            blockdiag.backends.cuda.preferred_blas_library()
+        with blockdiag.backends.tune():  # a program that tunes runs everywhere
             pass
 
 
@@ -85,12 +85,12 @@ class TestFile:
         path.write_text(json.dumps(content(environment(entries))))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with blockdiag.tune(path):
+            with blockdiag.backends.tune(path):
                 taken = choices()
         assert [numbers_of(entry) for entry in entries] == [numbers for numbers, _ in taken if numbers[0] in (101, 102)]
         assert taken[-1][1] == [0xEFCDAB8967452301] * 8
         written = path.stat().st_ino  # a new file takes its place
-        with blockdiag.tune(path):
+        with blockdiag.backends.tune(path):
             pass
         assert path.stat().st_ino == written, "there was nothing new to write"
 
@@ -101,7 +101,7 @@ class TestFile:
         other_device = environment([choice(m=201)], device="Another")
         mine = environment([choice(m=202)])
         path.write_text(json.dumps(content(foreign, other_device, mine)))
-        with blockdiag.tune(path):
+        with blockdiag.backends.tune(path):
             extension.add_choice(DEVICE, numbers_of(choice(m=203)), [7, 0, 0, 0, 0, 0, 0, 0])
             written_meanwhile = environment([choice(m=204)])
             path.write_text(json.dumps(content(foreign, other_device, mine, written_meanwhile)))
@@ -113,7 +113,7 @@ class TestFile:
         assert sizes[203] == "07" + "00" * 63
         assert other_device["choices"][0] in by_device["Another"]
         assert list(tmp_path.iterdir()) == [path]
-        with blockdiag.tune(path):  # it reads what it wrote
+        with blockdiag.backends.tune(path):  # it reads what it wrote
             pass
 
     def test_a_first_file(self, cublaslt, tmp_path):
@@ -215,14 +215,17 @@ blockdiag.backends.tuning._add_to(Path(sys.argv[2]))
     def test_a_binary_file(self, cublaslt, tmp_path):
         path = tmp_path / "model.pt"
         path.write_bytes(b"\xff\xfe\x00PK")
-        with pytest.warns(UserWarning, match="it is not text"), blockdiag.tune(path):
+        with pytest.warns(UserWarning, match="it is not text"), blockdiag.backends.tune(path):
             pass
 
     @pytest.mark.parametrize("changed", [{"torch": "1.0"}, {"cublaslt": 1}])
     def test_a_foreign_file_is_reported_and_not_used(self, cublaslt, tmp_path, changed):
         path = tmp_path / "tuning.json"
         path.write_text(json.dumps(content(environment([choice(m=501)], **changed))))
-        with pytest.warns(UserWarning, match="has nothing for .*it was made for") as caught, blockdiag.tune(path):
+        with (
+            pytest.warns(UserWarning, match="has nothing for .*it was made for") as caught,
+            blockdiag.backends.tune(path),
+        ):
             assert 501 not in [numbers[0] for numbers, _ in choices()]
         assert caught[0].filename == __file__
 
@@ -231,7 +234,7 @@ blockdiag.backends.tuning._add_to(Path(sys.argv[2]))
             pytest.skip("this build has CUDA")
         for path in (None, tmp_path / "tuning.json"):
             with pytest.warns(
-                UserWarning, match=r"blockdiag.tune: there is nothing to tune.*built without CUDA"
+                UserWarning, match=r"blockdiag.backends.tune: there is nothing to tune.*built without CUDA"
             ) as seen:
                 while_tuning(path, lambda: None)
             assert seen[0].filename == __file__
@@ -250,7 +253,7 @@ class TestEnvironmentVariable:
         code = """
 import blockdiag
 from blockdiag._load import extension
-assert blockdiag.preferred_cuda_gemm()
+assert blockdiag.backends.cuda.preferred_blas_library()
 fields = extension.PROBLEM_FIELDS
 print(len(extension.choices()))
 extension.add_choice("device", [11] * len(fields), [1] * 8)

@@ -1,4 +1,4 @@
-"""How products on a GPU are computed: by which library, and by which of cuBLASLt's algorithms."""
+"""Which of cuBLASLt's algorithms computes a product on a GPU, by measurement."""
 
 import atexit
 import contextlib
@@ -14,45 +14,20 @@ from typing import Any
 import torch
 
 from blockdiag._load import extension
+from blockdiag.backends import cuda
 
-_FORMAT = {"format": "blockdiag tuning", "version": 1}
+_FORMAT = {"format": "blockdiag tuning", "version": 2}
 
 #: A device, the versions that its measurements hold for, and the choices made there: numbers of a problem by name, and
 #: an algorithm's bytes in hexadecimal digits.
 Environment = dict[str, Any]
 
 
-def preferred_cuda_gemm(name: str | None = None) -> str:
-    """Sets, if a name is given, which library computes on GPUs in this process, and returns it.
-
-    Args:
-        name: ``"cublas"``; ``"cublaslt"``, which adds the bias in the product's kernel and leaves to cuBLAS what it
-            has no algorithm for; or ``"small_blocks"``, kernels of our own for blocks of up to 64 -> 64 features in
-            float16 and bfloat16, which leave all else to cuBLASLt. At first it is what the environment variable
-            BLOCKDIAG_CUDA_GEMM says, or ``"cublas"``.
-
-    Raises:
-        ValueError: there is no such library.
-        RuntimeError: blockdiag was built without CUDA.
-
-    Example::
-
-        >>> import blockdiag
-        >>> if blockdiag.build_info()["cuda"] != "none":
-        ...     before = blockdiag.preferred_cuda_gemm()
-        ...     assert blockdiag.preferred_cuda_gemm("cublaslt") == "cublaslt"
-        ...     before = blockdiag.preferred_cuda_gemm(before)
-    """
-    if not hasattr(extension, "preferred_cuda_library"):
-        raise RuntimeError("blockdiag.preferred_cuda_gemm: expected a build of blockdiag with CUDA, but this has none")
-    return extension.preferred_cuda_library(name)
-
-
 @contextlib.contextmanager
 def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) -> Iterator[None]:
     """Within it, cuBLASLt computes by the fastest of the algorithms that its heuristic recommends, not by the first.
 
-    Whenever a problem comes that is new, be it by a new batch size, up to 16 algorithms are timed on random operands
+    Whenever a problem comes that is new, such as for a new batch size, up to 16 algorithms are timed on random operands
     that are laid out as the problem's: on up to 64 of each, so that they come from memory rather than from the cache,
     or on one if that is large. The winner is used from then on: also in the backward pass, in other threads, in later
     calls of this function, and by all GPUs of the same name. A gradient of the bias is computed in the kernel of the
@@ -60,9 +35,9 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
     differs from that of the heuristic's first, and in deterministic mode if it differs between two runs. While a CUDA
     graph is captured nothing is measured: call the model once before.
 
-    It concerns what ``preferred_cuda_gemm`` lets cuBLASLt compute; a build without CUDA has nothing to tune, and warns.
-    The environment variable ``BLOCKDIAG_TUNE=path`` does the same from import to exit; a process that ends without
-    Python's exit, as those that multiprocessing forks, writes nothing.
+    It concerns what :func:`blockdiag.backends.cuda.preferred_blas_library` lets cuBLASLt compute; a build without CUDA
+    has nothing to tune, and warns. The environment variable ``BLOCKDIAG_TUNE=path`` does the same from import to exit;
+    a process that ends without Python's exit, as those that multiprocessing forks, writes nothing.
 
     Args:
         path: where choices are kept, as JSON. Those in it that were made on this GPU with these versions of torch and
@@ -78,7 +53,7 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
 
         >>> import torch, blockdiag
         >>> model, batch = blockdiag.BlockDiagLinear(256, 128, num_blocks=4), torch.randn(32, 256)
-        >>> with blockdiag.tune("tuning.json"):
+        >>> with blockdiag.backends.tune("tuning.json"):
         ...     output = model(batch)
     """
     with _tuning(path, measure):
@@ -89,25 +64,26 @@ def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) ->
 def _tuning(path: str | os.PathLike[str] | None, measure: bool, compare_devices: bool = True) -> Iterator[None]:
     file = None if path is None else Path(path).resolve()
     if file is not None and not file.parent.is_dir():
-        raise FileNotFoundError(f"blockdiag.tune: expected a file in an existing folder, but got {file}")
-    if not hasattr(extension, "preferred_cuda_library"):
+        raise FileNotFoundError(f"blockdiag.backends.tune: expected a file in an existing folder, but got {file}")
+    if not cuda.is_built():
         warnings.warn(
-            "blockdiag.tune: there is nothing to tune, as blockdiag was built without CUDA, and CPUs need no tuning",
+            "blockdiag.backends.tune: there is nothing to tune, as blockdiag was built without CUDA, and CPUs need no "
+            "tuning",
             stacklevel=5,
         )
         yield
         return
-    if preferred_cuda_gemm() == "cublas":
+    if cuda.preferred_blas_library() == "cublas":
         warnings.warn(
-            "blockdiag.tune: only cuBLASLt has algorithms to choose from, but cuBLAS is what computes: set "
-            'BLOCKDIAG_CUDA_GEMM=cublaslt, or call blockdiag.preferred_cuda_gemm("cublaslt")',
+            "blockdiag.backends.tune: only cuBLASLt has algorithms to choose from, but cuBLAS is what computes: set "
+            'BLOCKDIAG_CUDA_GEMM=cublaslt, or call blockdiag.backends.cuda.preferred_blas_library("cublaslt")',
             stacklevel=5,
         )
     if file is not None and file.exists():
         try:
             environments = _read(file)
         except (OSError, ValueError) as error:
-            warnings.warn(f"blockdiag.tune: {file} is ignored, and left as it is: {error}", stacklevel=5)
+            warnings.warn(f"blockdiag.backends.tune: {file} is ignored, and left as it is: {error}", stacklevel=5)
             file = None
         else:
             _use(environments, file, compare_devices)
@@ -120,7 +96,7 @@ def _tuning(path: str | os.PathLike[str] | None, measure: bool, compare_devices:
             try:
                 _add_to(file)
             except (OSError, ValueError) as error:  # no reason to lose what was computed meanwhile
-                warnings.warn(f"blockdiag.tune: {file} is left as it is: {error}", stacklevel=5)
+                warnings.warn(f"blockdiag.backends.tune: {file} is left as it is: {error}", stacklevel=5)
 
 
 def _versions() -> dict[str, Any]:
@@ -138,7 +114,7 @@ def _use(environments: list[Environment], file: Path, compare_devices: bool) -> 
     if environments and not matching:
         found = [{name: environment[name] for name in versions} for environment in environments]
         warnings.warn(
-            f"blockdiag.tune: {file} has nothing for {versions}: it was made for {found}",
+            f"blockdiag.backends.tune: {file} has nothing for {versions}: it was made for {found}",
             stacklevel=6,
         )
     for environment in matching:

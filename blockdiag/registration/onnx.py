@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from blockdiag.registration.layout import feature_dims
+
 __all__ = ["translation_table"]
 
 _TORCHLIB = "torch.onnx._internal.exporter._torchlib"  # what torch.onnx.export can translate
@@ -46,7 +48,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         num_blocks, out_block, in_block = weight.shape
-        stacked = input.shape[-1] != num_blocks * in_block
+        stacked = feature_dims(input.shape, weight.shape) == 2
         features = [num_blocks, out_block] if stacked else [num_blocks * out_block]
         rows = op.Reshape(input, op.Constant(value_ints=[-1, num_blocks, in_block]))
         # A Reshape that changes nothing: onnxruntime would fuse the transposition into the product, and then divide by

@@ -14,6 +14,8 @@ from torch._C import DispatchKey
 from torch.library import register_vmap
 from torch.utils._pytree import tree_map
 
+from blockdiag.registration.layout import feature_dims
+
 ops = torch.ops.blockdiag
 
 
@@ -34,32 +36,27 @@ def _blocks(weight: Tensor, batch_dim: int) -> Tensor:
     return weight.movedim(batch_dim, 0).flatten(0, 1)
 
 
-def _feature_dims(shape: Sequence[int], features: int) -> int:
-    """1 of concatenated activations, 2 of stacked ones; `features` of all blocks together."""
-    return 1 if shape[-1] == features else 2
-
-
 def linear(info: Any, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int]:
     input_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
     num_blocks, out_block, in_block = (size for dim, size in enumerate(weight.shape) if dim != weight_dim)
     shape = [size for dim, size in enumerate(input.shape) if dim != input_dim]
-    feature_dims = _feature_dims(shape, num_blocks * in_block)
-    features = (num_blocks * out_block,) if feature_dims == 1 else (num_blocks, out_block)
+    dims = feature_dims(shape, (num_blocks, out_block, in_block))
+    features = (num_blocks * out_block,) if dims == 1 else (num_blocks, out_block)
     if weight_dim is None:
         shared = bias if bias_dim is None else None
         if input_dim is None:
-            output = ops.linear(input, weight, shared).expand(info.batch_size, *shape[:-feature_dims], *features)
+            output = ops.linear(input, weight, shared).expand(info.batch_size, *shape[:-dims], *features)
         else:
             output = ops.linear(input.movedim(input_dim, 0), weight, shared)
         if bias is not None and bias_dim is not None:
-            ones = [1] * (len(shape) - feature_dims)
+            ones = [1] * (len(shape) - dims)
             bias = bias.movedim(bias_dim, 0).reshape(info.batch_size, *ones, *features)
             # Under autocast the output has another dtype than the bias.
             output = (output + bias.to(output.dtype)).contiguous()
         return output, 0
     if bias is not None:
         bias = _side_by_side(bias, bias_dim, info.batch_size, bias.dim() - (bias_dim is not None))
-    rows = _side_by_side(input, input_dim, info.batch_size, feature_dims)
+    rows = _side_by_side(input, input_dim, info.batch_size, dims)
     return _one_by_one(ops.linear(rows, _blocks(weight, weight_dim), bias), info.batch_size, features), 0
 
 
@@ -69,12 +66,12 @@ def linear_input_grad(
     grad_dim, weight_dim, _ = in_dims
     if weight_dim is None:
         return ops.linear_input_grad(grad_output.movedim(grad_dim, 0), weight, [info.batch_size, *input_sizes]), 0
-    num_blocks, _, in_block = (size for dim, size in enumerate(weight.shape) if dim != weight_dim)
-    feature_dims = _feature_dims(input_sizes, num_blocks * in_block)
-    rows = _side_by_side(grad_output, grad_dim, info.batch_size, feature_dims)
+    num_blocks, out_block, in_block = (size for dim, size in enumerate(weight.shape) if dim != weight_dim)
+    dims = feature_dims(input_sizes, (num_blocks, out_block, in_block))
+    rows = _side_by_side(grad_output, grad_dim, info.batch_size, dims)
     sizes = [*rows.shape[:-1], info.batch_size * num_blocks * in_block]
     grad = ops.linear_input_grad(rows, _blocks(weight, weight_dim), sizes)
-    return _one_by_one(grad, info.batch_size, input_sizes[-feature_dims:]), 0
+    return _one_by_one(grad, info.batch_size, input_sizes[-dims:]), 0
 
 
 def _weight_grad(
@@ -83,9 +80,9 @@ def _weight_grad(
     grad_dim, input_dim, _ = in_dims
     num_blocks, out_block, in_block = weight_sizes
     shape = [size for dim, size in enumerate(input.shape) if dim != input_dim]
-    feature_dims = _feature_dims(shape, num_blocks * in_block)
+    dims = feature_dims(shape, weight_sizes)
     rows = [
-        _side_by_side(tensor, dim, info.batch_size, feature_dims)
+        _side_by_side(tensor, dim, info.batch_size, dims)
         for tensor, dim in ((grad_output, grad_dim), (input, input_dim))
     ]
     grads = op(*rows, [info.batch_size * num_blocks, out_block, in_block])

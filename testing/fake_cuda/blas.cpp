@@ -128,25 +128,9 @@ FAKE_EXPORT cublasStatus_t cublasGetPointerMode_v2(cublasHandle_t handle, cublas
 }
 
 FAKE_EXPORT cublasStatus_t cublasGemmEx(
-    cublasHandle_t handle,
-    cublasOperation_t op_a,
-    cublasOperation_t op_b,
-    int m,
-    int n,
-    int k,
-    const void* alpha,
-    const void* a,
-    cudaDataType type_a,
-    int lda,
-    const void* b,
-    cudaDataType type_b,
-    int ldb,
-    const void* beta,
-    void* c,
-    cudaDataType type_c,
-    int ldc,
-    cublasComputeType_t compute,
-    cublasGemmAlgo_t
+    cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k, const void* alpha,
+    const void* a, cudaDataType type_a, int lda, const void* b, cudaDataType type_b, int ldb, const void* beta, void* c,
+    cudaDataType type_c, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t
 ) {
   const Matrix result = stored(c, type_c, CUBLAS_OP_N, m, n, ldc, 0);
   const Matrix left = stored(a, type_a, op_a, m, k, lda, 0), right = stored(b, type_b, op_b, k, n, ldb, 0);
@@ -154,29 +138,10 @@ FAKE_EXPORT cublasStatus_t cublasGemmEx(
 }
 
 FAKE_EXPORT cublasStatus_t cublasGemmStridedBatchedEx(
-    cublasHandle_t handle,
-    cublasOperation_t op_a,
-    cublasOperation_t op_b,
-    int m,
-    int n,
-    int k,
-    const void* alpha,
-    const void* a,
-    cudaDataType type_a,
-    int lda,
-    long long stride_a,
-    const void* b,
-    cudaDataType type_b,
-    int ldb,
-    long long stride_b,
-    const void* beta,
-    void* c,
-    cudaDataType type_c,
-    int ldc,
-    long long stride_c,
-    int batch,
-    cublasComputeType_t compute,
-    cublasGemmAlgo_t
+    cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k, const void* alpha,
+    const void* a, cudaDataType type_a, int lda, long long stride_a, const void* b, cudaDataType type_b, int ldb,
+    long long stride_b, const void* beta, void* c, cudaDataType type_c, int ldc, long long stride_c, int batch,
+    cublasComputeType_t compute, cublasGemmAlgo_t
 ) {
   const Matrix result = stored(c, type_c, CUBLAS_OP_N, m, n, ldc, stride_c);
   const Matrix left = stored(a, type_a, op_a, m, k, lda, stride_a);

@@ -136,8 +136,8 @@ def test_heuristic_is_asked_once():
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_small_blocks_are_one_kernel_a_pass(deterministic):
     """The gradient of the bias comes with the weight's."""
-    before = blockdiag.preferred_cuda_gemm()
-    blockdiag.preferred_cuda_gemm("small_blocks")
+    before = blockdiag.backends.cuda.preferred_blas_library()
+    blockdiag.backends.cuda.preferred_blas_library("small_blocks")
     torch.use_deterministic_algorithms(deterministic)
     try:
         tensors = operands(Problem((6,), 3, 16, 32), dtype=torch.float16)
@@ -154,7 +154,7 @@ def test_small_blocks_are_one_kernel_a_pass(deterministic):
         large = operands(Problem((6,), 3, 65, 65), dtype=torch.float16)
         assert "run_small_blocks" not in calls(lambda: check(blockdiag.linear, *large))
     finally:
-        blockdiag.preferred_cuda_gemm(before)
+        blockdiag.backends.cuda.preferred_blas_library(before)
 
 
 # Places

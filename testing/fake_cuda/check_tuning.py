@@ -23,11 +23,11 @@ from reference import Problem, check, make
 
 @pytest.fixture(autouse=True)
 def _cublaslt_and_torchs_own_flags(_reset):
-    before = blockdiag.preferred_cuda_gemm()
-    blockdiag.preferred_cuda_gemm("cublaslt")
+    before = blockdiag.backends.cuda.preferred_blas_library()
+    blockdiag.backends.cuda.preferred_blas_library("cublaslt")
     torch.use_deterministic_algorithms(False)
     yield
-    blockdiag.preferred_cuda_gemm(before)
+    blockdiag.backends.cuda.preferred_blas_library(before)
     for name in ("wrong_31", "unsteady_31", "skips_31", "fails_31"):
         fake.set(name, 0)
 
@@ -58,14 +58,14 @@ def test_the_fastest_computes():
     before = algorithms(lambda: gradients(output, tensors, grad_output))
     assert before == ["21", "21", "aten::sum.dim_IntList"]
     fake.set("cost_31", 5)
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         check(blockdiag.linear, *tensors, grad_output=grad_output)
         assert algorithms(lambda: blockdiag.linear(*tensors)) == ["31+"]
         assert algorithms(lambda: gradients(output, tensors, grad_output)) == ["31", "31b"]
         assert algorithms(lambda: gradients(output, tensors[1:2], grad_output)) != ["31b"], "no bias, no sum"
     assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
     assert algorithms(lambda: gradients(output, tensors, grad_output)) == before
-    with blockdiag.tune(measure=False):
+    with blockdiag.backends.tune(measure=False):
         assert algorithms(lambda: blockdiag.linear(*tensors)) == ["31+"]
 
 
@@ -76,7 +76,7 @@ def test_what_is_not_clearly_faster_changes_nothing():
     fake.set("cost_21", 1000)
     fake.set("cost_31", 990)
     fake.set("cost_66", 1100)
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         step(tensors)
         assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
         backward = algorithms(lambda: gradients(output, tensors, ones))
@@ -87,9 +87,9 @@ def test_nothing_unknown_is_measured_if_that_is_not_wanted():
     tensors = operands(problem())
     blockdiag.linear(*tensors)
     fake.set("cost_31", 5)
-    with blockdiag.tune(measure=False):
+    with blockdiag.backends.tune(measure=False):
         assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         assert len(algorithms(lambda: blockdiag.linear(*tensors))) > 100
         assert algorithms(lambda: blockdiag.linear(*tensors)) == ["31+"]
 
@@ -99,7 +99,7 @@ def test_wrong_results_do_not_win():
     fake.set("cost_31", 1)
     fake.set("wrong_31", 7)
     tensors = operands(Problem((6,), 3, 8, 4))
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         check(blockdiag.linear, *tensors)
         assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
 
@@ -111,7 +111,7 @@ def test_wrong_results_do_not_win_where_the_operands_hide_them(input):
     tensors = operands(Problem((6,), 3, 8, 4 + (input > 0)))
     with torch.no_grad():
         tensors[0].fill_(input)
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         blockdiag.linear(*tensors)
         assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
 
@@ -122,7 +122,7 @@ def test_what_computes_nothing_does_not_win(failure):
     fake.set("cost_31", 1)
     fake.set(failure, 1)
     tensors = operands(problem())
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         check(blockdiag.linear, *tensors, grad_output=torch.randn(6, 12, device="cuda"))
         assert algorithms(lambda: blockdiag.linear(*tensors)) == ["21+"]
         output = blockdiag.linear(*tensors)
@@ -141,7 +141,7 @@ def test_bias_gradient_of_any_size_and_layout(num_blocks, dtype):
         contiguous = torch.randn(batch, *rows, dtype=dtype, device="cuda")
         expanded = contiguous[:1].expand(batch, *rows)
         transposed = contiguous.flatten(1).mT.contiguous().mT.view(contiguous.shape) if not stacked else contiguous
-        with blockdiag.tune():
+        with blockdiag.backends.tune():
             for grad_output in (contiguous, expanded, transposed):
                 check(torch.ops.blockdiag.linear, *tensors, grad_output=grad_output)
             output = torch.ops.blockdiag.linear(*tensors)
@@ -154,7 +154,7 @@ def test_batched_gradients():
     tensors = operands(problem())
     output = blockdiag.linear(*tensors)
     many = torch.randn(3, 6, 12, device="cuda")
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         step(tensors)
         batched = torch.autograd.grad(output, tensors, many, retain_graph=True, is_grads_batched=True)
         single = [gradients(output, tensors, grad_output) for grad_output in many]
@@ -170,7 +170,7 @@ def test_deterministic_mode_wants_the_same_bits_twice():
     tensors = operands(Problem((6,), 3, 6001, 4))
     for deterministic, expected in [(False, "31+"), (True, "21+"), (False, "31+")]:
         torch.use_deterministic_algorithms(deterministic)
-        with blockdiag.tune():
+        with blockdiag.backends.tune():
             blockdiag.linear(*tensors)
             assert algorithms(lambda: blockdiag.linear(*tensors))[-1] == expected
 
@@ -180,7 +180,7 @@ def test_deterministic_mode_sums_the_bias_gradient_by_itself():
     fake.set("cost_31", 1)
     torch.use_deterministic_algorithms(True)
     output = blockdiag.linear(*tensors)
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         step(tensors)
         backward = calls(lambda: gradients(output, tensors, torch.ones_like(output)))
         assert backward[-1] == "aten::sum.dim_IntList"
@@ -189,9 +189,9 @@ def test_deterministic_mode_sums_the_bias_gradient_by_itself():
 _READER = """
 import sys, torch, blockdiag
 from fake_cuda.aten import fake
-blockdiag.preferred_cuda_gemm("cublaslt")
+blockdiag.backends.cuda.preferred_blas_library("cublaslt")
 x, w, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((6, 3 * 1234), (3, 4, 1234), (12,)))
-with blockdiag.tune(sys.argv[1], measure=False):
+with blockdiag.backends.tune(sys.argv[1], measure=False):
     fake.clear()
     y = blockdiag.linear(x, w, b)
     torch.autograd.grad(y, (x, w, b), torch.ones(6, 12, device="cuda"))
@@ -203,7 +203,7 @@ def test_another_process_uses_what_was_measured(tmp_path):
     path = tmp_path / "tuning.json"
     tensors = operands(Problem((6,), 3, 1234, 4))
     fake.set("cost_31", 5)
-    with blockdiag.tune(path):
+    with blockdiag.backends.tune(path):
         step(tensors)
 
     def read() -> list[str]:
@@ -225,10 +225,13 @@ def test_another_process_uses_what_was_measured(tmp_path):
 
 def test_a_file_of_another_device_is_reported(tmp_path):
     path = tmp_path / "tuning.json"
-    with blockdiag.tune(path):
+    with blockdiag.backends.tune(path):
         step(operands(problem()))
     path.write_text(path.read_text().replace("Fake H100", "Fake B200"))
-    with pytest.warns(UserWarning, match="has nothing for .*Fake H100.*Fake B200") as caught, blockdiag.tune(path):
+    with (
+        pytest.warns(UserWarning, match="has nothing for .*Fake H100.*Fake B200") as caught,
+        blockdiag.backends.tune(path),
+    ):
         pass
     assert caught[0].filename == __file__
 
@@ -238,7 +241,7 @@ def test_nothing_is_measured_in_a_capture():
     known, unknown = operands(problem()), operands(problem())
     known, unknown = ([tensor.detach() for tensor in tensors] for tensors in (known, unknown))
     fake.set("cost_31", 5)
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         blockdiag.linear(*known)
         graph = torch.cuda.CUDAGraph()
 
@@ -262,7 +265,7 @@ def test_where_memory_runs_out_the_heuristics_choice_stands(count):
     torch.cuda.empty_cache()
     fake.set("cost_31", 5)
     fake.set("malloc_after", 1 + count)
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         try:
             blockdiag.linear(*tensors)
         except torch.OutOfMemoryError:
@@ -289,7 +292,7 @@ def test_measuring_spares_captures_of_other_threads():
         blockdiag.linear(*others)
 
     graph = torch.cuda.CUDAGraph()
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         thread = threading.Thread(target=measure_meanwhile)
         thread.start()
         ready.wait()
@@ -299,7 +302,7 @@ def test_measuring_spares_captures_of_other_threads():
             thread.join()
     graph.replay()
     torch.testing.assert_close(output, blockdiag.linear(*tensors))
-    with blockdiag.tune(measure=False):
+    with blockdiag.backends.tune(measure=False):
         assert algorithms(lambda: blockdiag.linear(*others)) == ["31+"]
 
 
@@ -321,7 +324,7 @@ def test_one_of_several_threads_measures():
     tensors = [tensor.detach() for tensor in operands(problem())]
     blockdiag.linear(*tensors)
     fake.set("cost_31", 5)
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         alone = [tensor.detach() for tensor in operands(problem())]
         once = len(algorithms(lambda: blockdiag.linear(*alone)))
         fake.clear()
@@ -341,14 +344,14 @@ def test_what_cublaslt_refuses_is_not_asked_again():
     assert "cublasLtMatmul" in calls(lambda: blockdiag.linear(*tensors))
     assert calls(lambda: blockdiag.linear(*tensors)) == ["aten::copy_", "cublasGemmStridedBatchedEx"]
     fake.set("matmul_status", 0)
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         assert calls(lambda: blockdiag.linear(*tensors)) == ["aten::copy_", "cublasGemmStridedBatchedEx"]
 
 
 def test_choices_hold_for_all_devices_of_a_name():
     here = problem()
     fake.set("cost_31", 5)
-    with blockdiag.tune():
+    with blockdiag.backends.tune():
         blockdiag.linear(*operands(here))
         known = len(extension.choices())
         there = operands(here, device="cuda:1")

@@ -78,13 +78,8 @@ FAKE_EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCap
 
 /// Without nodes: what torch does with them is not done by default.
 FAKE_EXPORT cudaError_t cudaStreamGetCaptureInfo(
-    cudaStream_t stream,
-    cudaStreamCaptureStatus* status,
-    unsigned long long* id,
-    cudaGraph_t* graph,
-    const cudaGraphNode_t** nodes,
-    const cudaGraphEdgeData** edges,
-    size_t* count
+    cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph,
+    const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges, size_t* count
 ) {
   cudaStreamIsCapturing(stream, status);
   const auto set = [](auto* to, auto value) {

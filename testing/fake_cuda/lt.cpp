@@ -65,10 +65,7 @@ struct Described {
 };
 
 Described describe(
-    cublasLtMatmulDesc_t operation,
-    cublasLtMatrixLayout_t a,
-    cublasLtMatrixLayout_t b,
-    cublasLtMatrixLayout_t c,
+    cublasLtMatmulDesc_t operation, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
     cublasLtMatrixLayout_t d
 ) {
   Product p{};
@@ -170,16 +167,9 @@ const Algorithm& algorithm_of(const cublasLtMatmulAlgo_t* algorithm) {
 using namespace fake;
 
 FAKE_EXPORT cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
-    cublasLtHandle_t handle,
-    cublasLtMatmulDesc_t operation,
-    cublasLtMatrixLayout_t a,
-    cublasLtMatrixLayout_t b,
-    cublasLtMatrixLayout_t c,
-    cublasLtMatrixLayout_t d,
-    cublasLtMatmulPreference_t preference,
-    int requested,
-    cublasLtMatmulHeuristicResult_t results[],
-    int* returned
+    cublasLtHandle_t handle, cublasLtMatmulDesc_t operation, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+    cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference, int requested,
+    cublasLtMatmulHeuristicResult_t results[], int* returned
 ) {
   if (do_nothing) {
     results[0] = {};
@@ -225,10 +215,7 @@ FAKE_EXPORT cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
 }
 
 FAKE_EXPORT cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(
-    const cublasLtMatmulAlgo_t* algorithm,
-    cublasLtMatmulAlgoConfigAttributes_t name,
-    void* to,
-    size_t size,
+    const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulAlgoConfigAttributes_t name, void* to, size_t size,
     size_t* written
 ) {
   const auto& found = algorithm_of(algorithm);
@@ -264,22 +251,10 @@ FAKE_EXPORT cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
 }
 
 FAKE_EXPORT cublasStatus_t cublasLtMatmul(
-    cublasLtHandle_t handle,
-    cublasLtMatmulDesc_t operation,
-    const void* alpha,
-    const void* a,
-    cublasLtMatrixLayout_t layout_a,
-    const void* b,
-    cublasLtMatrixLayout_t layout_b,
-    const void* beta,
-    const void* c,
-    cublasLtMatrixLayout_t layout_c,
-    void* d,
-    cublasLtMatrixLayout_t layout_d,
-    const cublasLtMatmulAlgo_t* algorithm,
-    void* workspace,
-    size_t workspace_size,
-    cudaStream_t stream
+    cublasLtHandle_t handle, cublasLtMatmulDesc_t operation, const void* alpha, const void* a,
+    cublasLtMatrixLayout_t layout_a, const void* b, cublasLtMatrixLayout_t layout_b, const void* beta, const void* c,
+    cublasLtMatrixLayout_t layout_c, void* d, cublasLtMatrixLayout_t layout_d, const cublasLtMatmulAlgo_t* algorithm,
+    void* workspace, size_t workspace_size, cudaStream_t stream
 ) {
   if (do_nothing) {
     return CUBLAS_STATUS_SUCCESS;

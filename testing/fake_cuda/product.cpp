@@ -105,13 +105,7 @@ float dot(const float* a, const float* b, int64_t count) {
 /// Writes element (row, *) of op(matrix), or (*, row) of its transpose, one after the other.
 template <typename T>
 void gather(
-    const T* matrix,
-    int64_t ld,
-    bool rows_are_columns,
-    bool conjugated,
-    bool tf32,
-    int64_t row,
-    int64_t count,
+    const T* matrix, int64_t ld, bool rows_are_columns, bool conjugated, bool tf32, int64_t row, int64_t count,
     typename T::Wide* to
 ) {
   const T* from = matrix + (rows_are_columns ? row * ld : row);

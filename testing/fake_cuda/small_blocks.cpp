@@ -19,9 +19,8 @@
 
 namespace blockdiag::cuda {
 
-__attribute__((visibility("default"))) bool run_small_blocks(
-    const Gemm& gemm, c10::ScalarType dtype, const void* a, const void* b, const void* bias, void* c, void* bias_grad
-) {
+__attribute__((visibility("default"))) bool run_small_blocks(const GemmProblem& problem, const Operands& operands) {
+  const auto& gemm = problem.gemm;
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   {
@@ -46,28 +45,26 @@ __attribute__((visibility("default"))) bool run_small_blocks(
     add(begin, (gemm.batch - 1) * operand.stride + (cols - 1) * operand.ld + rows, writable);
   };
   constexpr int64_t kMaxBatch = 4096; // more take too long here
-  if ((dtype != c10::kHalf && dtype != c10::kBFloat16) || gemm.batch > kMaxBatch) {
+  if (gemm.batch > kMaxBatch) {
     return false;
   }
-  add_matrix(a, gemm.m, gemm.k, gemm.a, false);
-  add_matrix(b, gemm.k, gemm.n, gemm.b, false);
-  add_matrix(c, gemm.m, gemm.n, gemm.c, true);
-  add(bias, gemm.batch * gemm.m, false);
-  add(bias_grad, gemm.batch * gemm.n, true);
-  const bool applies = emulated_small_blocks(gemm, dtype, a, b, bias, c, bias_grad);
+  add_matrix(operands.a, gemm.m, gemm.k, gemm.a, false);
+  add_matrix(operands.b, gemm.k, gemm.n, gemm.b, false);
+  add_matrix(operands.c, gemm.m, gemm.n, gemm.c, true);
+  add(operands.bias, gemm.batch * gemm.m, false);
+  add(operands.bias_grad, gemm.batch * gemm.n, true);
+  emulated_small_blocks(problem, operands);
   emulated::machine().regions.clear();
-  if (applies) {
-    fake::log("run_small_blocks bias_grad=" + std::to_string(bias_grad != nullptr));
-    // On all streams of the device, as the stream that it was called for is not known here.
-    constexpr double kMicroseconds = 5;
-    const std::lock_guard state_lock(fake::state().mutex);
-    const int device = fake::current_device();
-    fake::state().defaults[device].clock += kMicroseconds;
-    for (auto* stream : fake::state().created) {
-      stream->clock += stream->device == device ? kMicroseconds : 0;
-    }
+  fake::log("run_small_blocks bias_grad=" + std::to_string(problem.epilogue.bias_grad));
+  // On all streams of the device, as the stream that it was called for is not known here.
+  constexpr double kMicroseconds = 5;
+  const std::lock_guard state_lock(fake::state().mutex);
+  const int device = fake::current_device();
+  fake::state().defaults[device].clock += kMicroseconds;
+  for (auto* stream : fake::state().created) {
+    stream->clock += stream->device == device ? kMicroseconds : 0;
   }
-  return applies;
+  return true;
 }
 
 } // namespace blockdiag::cuda

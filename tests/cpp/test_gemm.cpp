@@ -1,5 +1,5 @@
 // The GEMM description against an interpreter that does what BLAS documents, over random shapes and strides. No torch.
-#include "gemm.h"
+#include "problem/gemm.h"
 
 #include <cstdio>
 #include <cstdlib>

@@ -9,7 +9,10 @@
 namespace {
 
 using blockdiag::Blocks;
+using blockdiag::DType;
+using blockdiag::Epilogue;
 using blockdiag::Gemm;
+using blockdiag::GemmProblem;
 using blockdiag::Operand;
 using emulated::fail;
 
@@ -139,7 +142,7 @@ template <typename T>
 void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_nan = false) {
   const auto [pass, batch, num_blocks, in_block, out_block, has_bias] = sizes;
   const bool forward = pass == Pass::forward, sum = pass == Pass::weight_grad;
-  // out = left right, as csrc/pass.cpp has it.
+  // out = left right, as csrc/ops/linear.cpp has it.
   const auto x = activation(sizes, in_block, layout.kind[0], layout.gap[0], layout.row_gap[0]);
   const auto dy = activation(sizes, out_block, layout.kind[1], layout.gap[1], layout.row_gap[1]);
   const auto w = weight(sizes, layout.gap[1], layout.row_gap[1], layout.transposed_weight);
@@ -164,17 +167,22 @@ void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_na
     }
   }
   const Gemm gemm = blockdiag::describe_product(left_blocks, right_blocks, out_blocks, num_blocks);
-  const auto dtype = std::is_same_v<T, c10::Half> ? c10::kHalf : c10::kBFloat16;
+  const GemmProblem problem{
+      .gemm = gemm,
+      .dtype = std::is_same_v<T, c10::Half> ? DType::kFloat16 : DType::kBFloat16,
+      .epilogue = {.bias = forward && has_bias, .bias_grad = sum && has_bias},
+  };
   const auto run = [&] {
-    return blockdiag::cuda::run_small_blocks(
-        gemm,
-        dtype,
-        right.data(),
-        left.data(),
-        forward && has_bias ? bias.data() : nullptr,
-        out.data(),
-        sum && has_bias ? bias_grad.data() : nullptr
-    );
+    return blockdiag::cuda::small_blocks_take(problem) &&
+           blockdiag::cuda::run_small_blocks(
+               problem, {
+                            .a = right.data(),
+                            .b = left.data(),
+                            .c = out.data(),
+                            .bias = problem.epilogue.bias ? bias.data() : nullptr,
+                            .bias_grad = problem.epilogue.bias_grad ? bias_grad.data() : nullptr,
+                        }
+           );
   };
   if (!run()) {
     if (sum && out_block == 1) {
@@ -283,18 +291,17 @@ void test_what_is_not_taken() {
   const Gemm sum{
       .m = 32, .n = 16, .k = 99, .batch = 2, .a = {false, 64, 32}, .b = {true, 32, 16}, .c = {false, 32, 512}
   };
-  uint16_t something = 0;
-  const auto taken =
-      [&](const Gemm& gemm, c10::ScalarType dtype = c10::kHalf, void* bias = nullptr, void* grad = nullptr) {
-        return blockdiag::cuda::run_small_blocks(gemm, dtype, nullptr, nullptr, bias, nullptr, grad);
-      };
+  const auto taken = [&](const Gemm& gemm, DType dtype = DType::kFloat16, Epilogue epilogue = {}) {
+    return blockdiag::cuda::small_blocks_take({gemm, dtype, epilogue});
+  };
   const auto changed = [](Gemm gemm, const std::function<void(Gemm&)>& change) {
     change(gemm);
     return gemm;
   };
   const bool any =
-      taken(forward, c10::kFloat) || taken(sum, c10::kDouble) || taken(forward, c10::kHalf, nullptr, &something) ||
-      taken(sum, c10::kHalf, &something) || taken(changed(forward, [](Gemm& gemm) { gemm.m = 65; })) ||
+      taken(forward, DType::kFloat32) || taken(sum, DType::kFloat64) ||
+      taken(forward, DType::kFloat16, {.bias_grad = true}) || taken(sum, DType::kFloat16, {.bias = true}) ||
+      taken(sum, DType::kFloat16, {.accumulate = true}) || taken(changed(forward, [](Gemm& gemm) { gemm.m = 65; })) ||
       taken(changed(forward, [](Gemm& gemm) { gemm.k = 65; })) ||
       taken(changed(sum, [](Gemm& gemm) { gemm.n = 65; })) || taken(changed(sum, [](Gemm& gemm) { gemm.m = 65; })) ||
       taken(changed(forward, [](Gemm& gemm) { gemm.b.transpose = true; })) ||
@@ -334,19 +341,12 @@ void print_traffic() {
       test<c10::BFloat16>({pass, batch, num_blocks, in_block, out_block, true}, {}, random);
       const auto print = [](const emulated::Traffic& traffic) {
         std::printf(
-            "%8ld %8ld %8ld |",
-            static_cast<long>(traffic.sectors / 2),
-            static_cast<long>(traffic.of_blocks / 2),
+            "%8ld %8ld %8ld |", static_cast<long>(traffic.sectors / 2), static_cast<long>(traffic.of_blocks / 2),
             static_cast<long>(traffic.touched.size())
         );
       };
       std::printf(
-          "%5d %4d %2d->%2d %-12s %2ld |",
-          batch,
-          num_blocks,
-          in_block,
-          out_block,
-          names[static_cast<int>(pass)],
+          "%5d %4d %2d->%2d %-12s %2ld |", batch, num_blocks, in_block, out_block, names[static_cast<int>(pass)],
           static_cast<long>(machine.launches / 2)
       );
       print(machine.reads);

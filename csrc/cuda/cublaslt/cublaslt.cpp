@@ -61,25 +61,27 @@ bool tf32_is_allowed() {
 std::atomic<int64_t> calls{0}, left_to_cublas{0};
 
 LtProblem describe(const GemmProblem& problem, const Operands& operands) {
-  const auto& gemm = problem.gemm;
+  const auto& [gemm, dtype, epilogue] = problem;
   const auto aligned = [&](const void* pointer, int64_t stride) {
-    return alignment(reinterpret_cast<uintptr_t>(pointer), stride * size_of(problem.dtype), gemm.batch);
+    return alignment(reinterpret_cast<uintptr_t>(pointer), stride * size_of(dtype), gemm.batch);
   };
-  LtProblem described{problem};
-  described.device = c10::cuda::current_device();
-  described.compute_type = types_of(problem.dtype, problem.dtype == DType::kFloat32 && tf32_is_allowed()).compute;
-  described.reductions = allowed_reductions(problem.dtype);
-  described.alignments = {
-      aligned(operands.a, gemm.a.stride), aligned(operands.b, gemm.b.stride), aligned(operands.c, gemm.c.stride), 0
+  return {
+      problem,
+      /*device=*/c10::cuda::current_device(),
+      /*compute_type=*/types_of(dtype, dtype == DType::kFloat32 && tf32_is_allowed()).compute,
+      /*reductions=*/allowed_reductions(dtype),
+      /*alignments=*/
+      {
+          aligned(operands.a, gemm.a.stride),
+          aligned(operands.b, gemm.b.stride),
+          aligned(operands.c, gemm.c.stride),
+          epilogue.bias        ? aligned(operands.bias, gemm.m)
+          : epilogue.bias_grad ? aligned(operands.bias_grad, gemm.n)
+                               : 0,
+      },
+      /*workspace=*/static_cast<int64_t>(at::cuda::getCUDABlasLtWorkspaceSize()),
+      /*deterministic=*/at::globalContext().deterministicAlgorithms(),
   };
-  if (problem.epilogue.bias) {
-    described.alignments[3] = aligned(operands.bias, gemm.m);
-  } else if (problem.epilogue.bias_grad) {
-    described.alignments[3] = aligned(operands.bias_grad, gemm.n);
-  }
-  described.workspace = static_cast<int64_t>(at::cuda::getCUDABlasLtWorkspaceSize());
-  described.deterministic = at::globalContext().deterministicAlgorithms();
-  return described;
 }
 
 bool run(const LtProblem& problem, const Operands& operands) {

@@ -1,5 +1,6 @@
 // What a cuBLASLt plan depends on, and the cache that keeps plans. No CUDA, no torch.
-#include "cuda/plan.h"
+#include "cuda/cublaslt/lru_cache.h"
+#include "cuda/cublaslt/lt_problem.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -11,12 +12,11 @@
 
 namespace {
 
-using blockdiag::Gemm;
+using blockdiag::DType;
 using blockdiag::cuda::alignment;
-using blockdiag::cuda::Epilogue;
 using blockdiag::cuda::KeyHash;
 using blockdiag::cuda::LruCache;
-using blockdiag::cuda::Problem;
+using blockdiag::cuda::LtProblem;
 
 void require(bool condition, const char* what) {
   if (!condition) {
@@ -33,60 +33,65 @@ void test_alignment() {
   require(alignment(0x1000, 0, 4) == 256, "blocks that are all the same are aligned as the first");
 }
 
-Problem make_problem() {
+LtProblem make_problem() {
   return {
-      .gemm = {.m = 1, .n = 2, .k = 3, .batch = 4, .a = {false, 5, 6}, .b = {true, 7, 8}, .c = {false, 9, 10}},
-      .device = 0,
-      .dtype = 11,
-      .compute_type = 12,
-      .epilogue = Epilogue::kNone,
-      .reductions = 18,
-      .alignments = {13, 14, 15, 16},
-      .workspace = 17,
-      .deterministic = false,
+      {
+          .gemm = {.m = 1, .n = 2, .k = 3, .batch = 4, .a = {false, 5, 6}, .b = {true, 7, 8}, .c = {false, 9, 10}},
+          .dtype = DType::kFloat16,
+          .epilogue = {},
+      },
+      /*device=*/0,
+      /*compute_type=*/12,
+      /*reductions=*/18,
+      /*alignments=*/{13, 14, 15, 16},
+      /*workspace=*/17,
+      /*deterministic=*/false,
   };
 }
 
 void test_every_part_of_a_problem_is_in_its_key() {
-  const std::vector<std::function<void(Problem&)>> changes = {
-      [](Problem& p) { ++p.gemm.m; },
-      [](Problem& p) { ++p.gemm.n; },
-      [](Problem& p) { ++p.gemm.k; },
-      [](Problem& p) { ++p.gemm.batch; },
-      [](Problem& p) { p.gemm.a.transpose = true; },
-      [](Problem& p) { ++p.gemm.a.ld; },
-      [](Problem& p) { ++p.gemm.a.stride; },
-      [](Problem& p) { p.gemm.b.transpose = false; },
-      [](Problem& p) { ++p.gemm.b.ld; },
-      [](Problem& p) { ++p.gemm.b.stride; },
-      [](Problem& p) { p.gemm.c.transpose = true; },
-      [](Problem& p) { ++p.gemm.c.ld; },
-      [](Problem& p) { ++p.gemm.c.stride; },
-      [](Problem& p) { ++p.device; },
-      [](Problem& p) { ++p.dtype; },
-      [](Problem& p) { ++p.compute_type; },
-      [](Problem& p) { p.epilogue = Epilogue::kBias; },
-      [](Problem& p) { ++p.reductions; },
-      [](Problem& p) { ++p.alignments[0]; },
-      [](Problem& p) { ++p.alignments[1]; },
-      [](Problem& p) { ++p.alignments[2]; },
-      [](Problem& p) { ++p.alignments[3]; },
-      [](Problem& p) { ++p.workspace; },
-      [](Problem& p) { p.deterministic = true; },
+  const std::vector<std::function<void(LtProblem&)>> changes = {
+      [](LtProblem& p) { ++p.gemm.m; },
+      [](LtProblem& p) { ++p.gemm.n; },
+      [](LtProblem& p) { ++p.gemm.k; },
+      [](LtProblem& p) { ++p.gemm.batch; },
+      [](LtProblem& p) { p.gemm.a.transpose = true; },
+      [](LtProblem& p) { ++p.gemm.a.ld; },
+      [](LtProblem& p) { ++p.gemm.a.stride; },
+      [](LtProblem& p) { p.gemm.b.transpose = false; },
+      [](LtProblem& p) { ++p.gemm.b.ld; },
+      [](LtProblem& p) { ++p.gemm.b.stride; },
+      [](LtProblem& p) { p.gemm.c.transpose = true; },
+      [](LtProblem& p) { ++p.gemm.c.ld; },
+      [](LtProblem& p) { ++p.gemm.c.stride; },
+      [](LtProblem& p) { ++p.device; },
+      [](LtProblem& p) { p.dtype = DType::kBFloat16; },
+      [](LtProblem& p) { ++p.compute_type; },
+      [](LtProblem& p) { p.epilogue.bias = true; },
+      [](LtProblem& p) { ++p.reductions; },
+      [](LtProblem& p) { ++p.alignments[0]; },
+      [](LtProblem& p) { ++p.alignments[1]; },
+      [](LtProblem& p) { ++p.alignments[2]; },
+      [](LtProblem& p) { ++p.alignments[3]; },
+      [](LtProblem& p) { ++p.workspace; },
+      [](LtProblem& p) { p.deterministic = true; },
   };
-  std::set<Problem::Key> keys = {make_problem().key()};
+  std::set<LtProblem::Key> keys = {make_problem().key()};
   std::set<size_t> hashes = {KeyHash()(make_problem().key())};
   require(make_problem().key() == make_problem().key(), "equal problems have equal keys");
-  require(changes.size() == Problem::kFields.size(), "each part has a name");
+  require(changes.size() == LtProblem::kFields.size(), "each part has a name");
   for (size_t i = 0; i < changes.size(); ++i) {
     auto problem = make_problem();
     changes[i](problem);
     auto but_for_one = problem.key();
     but_for_one[i] = make_problem().key()[i];
-    require(but_for_one == make_problem().key(), Problem::kFields[i]);
+    require(but_for_one == make_problem().key(), LtProblem::kFields[i]);
     keys.insert(problem.key());
     hashes.insert(KeyHash()(problem.key()));
   }
+  auto with_bias = make_problem(), with_grad = make_problem();
+  with_bias.epilogue.bias = with_grad.epilogue.bias_grad = true;
+  require(with_bias.key() != with_grad.key(), "the epilogues differ");
   require(keys.size() == changes.size() + 1, "each part changes the key");
   require(hashes.size() == changes.size() + 1, "and the hash");
 }

@@ -1,0 +1,79 @@
+"""How :class:`torch.distributed.tensor.DTensor` may shard the ops."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+from torch.distributed.tensor.experimental import register_sharding
+
+from blockdiag.registration.layout import feature_dims
+
+# One way to shard an op over one dimension of a mesh: the placements of its outputs and of its arguments.
+Sharding = tuple[list[Placement], list[Placement | None]]
+
+
+def feature_dim(input: Any, weight_shape: Sequence[int]) -> int:
+    """The dimension of an input, or of its output, that runs over the blocks."""
+    return len(input.shape) - feature_dims(input.shape, weight_shape)
+
+
+def _splits(num_blocks: int, mesh: DeviceMesh) -> bool:
+    """Whether all shards are of whole blocks, and of equally many."""
+    return all(num_blocks % size == 0 for size in mesh.shape)
+
+
+def _shard_linear(input: Any, weight: Any, bias: Any = None) -> list[Sharding]:
+    blocks_dim = feature_dim(input, weight.shape)
+
+    def sharding(output: Placement, input: Placement, weight: Placement) -> Sharding:
+        return [output], [input, weight, None if bias is None else weight]
+
+    shardings = [sharding(Replicate(), Replicate(), Replicate())]
+    shardings += [sharding(Shard(dim), Shard(dim), Replicate()) for dim in range(blocks_dim)]
+    if _splits(weight.shape[0], weight.mesh):
+        shardings.append(sharding(Shard(blocks_dim), Shard(blocks_dim), Shard(0)))
+    return shardings
+
+
+def _shard_linear_input_grad(grad_output: Any, weight: Any, input_sizes: Sequence[int]) -> list[Sharding]:
+    blocks_dim = len(input_sizes) - feature_dims(input_sizes, weight.shape)
+    shardings: list[Sharding] = [([Replicate()], [Replicate(), Replicate(), None])]
+    shardings += [([Shard(dim)], [Shard(dim), Replicate(), None]) for dim in range(blocks_dim)]
+    if _splits(weight.shape[0], weight.mesh):
+        shardings.append(([Shard(blocks_dim)], [Shard(blocks_dim), Shard(0), None]))
+    return shardings
+
+
+def _shard_linear_weight_grad(grad_output: Any, input: Any, weight_sizes: Sequence[int]) -> list[Sharding]:
+    blocks_dim = feature_dim(input, weight_sizes)
+    shardings: list[Sharding] = [([Replicate()], [Replicate(), Replicate(), None])]
+    shardings += [([Partial()], [Shard(dim), Shard(dim), None]) for dim in range(blocks_dim)]
+    if _splits(weight_sizes[0], input.mesh):
+        shardings.append(([Shard(0)], [Shard(blocks_dim), Shard(blocks_dim), None]))
+    return shardings
+
+
+def _weight_bias_grad(op: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """By the separate ops: DTensor makes local sizes of an argument for ops with one result only."""
+    grad_output, input, weight_sizes = args
+    grad = torch.ops.blockdiag.linear_weight_grad(grad_output, input, weight_sizes)
+    leading = list(range(feature_dim(input, weight_sizes)))
+    return grad, (grad_output.sum(leading) if leading else grad_output.clone()).view(weight_sizes[:2])
+
+
+def register_sharding_rules() -> None:
+    """Registers the rules with DTensor. Idempotent."""
+    ops = torch.ops.blockdiag
+    register_sharding(ops.linear.default)(_shard_linear)
+    register_sharding(ops.linear_input_grad.default)(_shard_linear_input_grad)
+    register_sharding(ops.linear_weight_grad.default)(_shard_linear_weight_grad)
+    dispatcher: Any = DTensor._op_dispatcher
+    dispatcher._custom_op_handlers[ops.linear_weight_bias_grad.default] = _weight_bias_grad
+    # Their third argument is the size of the result: of its local part, where each shard computes its own.
+    for op in (ops.linear_input_grad.default, ops.linear_weight_grad.default):
+        dispatcher.sharding_propagator.op_to_shape_and_stride_idx[op] = 2
+        # The list of sizes is kept as one argument.
+        dispatcher.sharding_propagator.op_to_schema_info[op] = RuntimeSchemaInfo(static_argnum=2)
