@@ -89,7 +89,7 @@ class BlockDiagonal(Config):
 
     @staticmethod
     def plan(chosen: Sequence[Selected], moments: Mapping[nn.Module, Moments], budget: float | None) -> Build:
-        return lambda selected: selected.config._build(selected, moments, budget)  # type: ignore[attr-defined]
+        return lambda selected: selected.config._build(selected, moments, budget)
 
     @staticmethod
     def finish(model: nn.Module, changes: Sequence[Change]) -> list[Reordering]:

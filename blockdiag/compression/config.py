@@ -19,7 +19,7 @@ from blockdiag.compression.report import Step
 class Selected:
     """Layers that share one weight, most often a single one, with their config."""
 
-    config: "Config"
+    config: Any  # a Config
     in_attention: bool  # whether torch.nn.MultiheadAttention reads the weight, and never calls the layer
     layers: list[nn.Module] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)  # of each layer, all of them

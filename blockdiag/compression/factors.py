@@ -70,7 +70,6 @@ class Factorized(Config):
 
         def build(selected: Selected) -> list[Change] | str:
             config, matrices = selected.config, _matrices(selected, moments)
-            assert isinstance(config, Factorized)
             rank, limit = sizes[id(selected)]
             found = None
             if config.max_error is not None:
@@ -121,23 +120,18 @@ class _Matrices(NamedTuple):
 
 
 def _matrices(selected: Selected, moments: Mapping[nn.Module, Moments]) -> _Matrices:
-    config, layer = selected.config, selected.layer
-    assert isinstance(config, Factorized)
-    num_blocks = config.num_blocks_of(selected)
-    assert not isinstance(num_blocks, str)  # by check
-    known = selected.merged(moments)
+    layer, known = selected.layer, selected.merged(moments)
     return _Matrices(
         _weight(layer).unflatten(0, (getattr(layer, "groups", 1), -1)),
         known.second(selected.all_have_bias) if known else None,
         known.second(centered=False) if known else None,
         known.mean if known else None,
-        num_blocks,
+        selected.config.num_blocks_of(selected),
     )
 
 
 def _candidate(selected: Selected, moments: Mapping[nn.Module, Moments], budget: float | None) -> Candidate:
     config, matrices = selected.config, _matrices(selected, moments)
-    assert isinstance(config, Factorized)
     groups, rows, columns = matrices.weight.shape
     in_blocks, out_blocks = matrices.num_blocks
     largest = min(rows // out_blocks, columns // in_blocks)
@@ -225,22 +219,18 @@ def _changes(
 ) -> list[Change]:
     """The new layer for each of those that share a weight, and the biases that make up for the mean of the error."""
     config = selected.config
-    assert isinstance(config, Factorized)
     difference = matrices.weight - _weight(new).view_as(matrices.weight)
     biases: dict[nn.Parameter, nn.Parameter] = {}
     changes: list[Change] = []
     for layer, names in zip(selected.layers, selected.names, strict=True):
         old: Any = layer
         replacing = new if not changes else config.empty(old, matrices.num_blocks, new.rank)
-        olds, parts = _parts(old), _parts(replacing)
-        before = olds if len(olds) > 1 else olds * len(parts)
-        for part, original, before_it in zip(parts, _parts(new), before, strict=True):
-            part.weight = original.weight.requires_grad_(before_it.weight.requires_grad)
+        parts, olds = _parts(replacing), _parts(old)
+        successors: dict[nn.Parameter, list[Successor]] = {}
         # Both factors succeed a dense weight; of old factors each is succeeded by its own.
-        fresh = [Successor(part.weight) for part in parts]
-        successors = {olds[0].weight: fresh}
-        if len(olds) > 1:
-            successors = {o.weight: [successor] for o, successor in zip(olds, fresh, strict=True)}
+        for part, filled, before in zip(parts, _parts(new), olds * (len(parts) // len(olds)), strict=True):
+            part.weight = filled.weight.requires_grad_(before.weight.requires_grad)
+            successors.setdefault(before.weight, []).append(Successor(part.weight))
         if old.bias is not None:
             last = parts[-1]
             if old.bias in biases:

@@ -1,5 +1,6 @@
-// The schemas of the ops, and the C++ functions that call them through the dispatcher.
+// Registers the ops; and the C++ functions that call them through the dispatcher.
 #include "include/blockdiag.h"
+#include "schemas.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -41,9 +42,7 @@ std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
 } // namespace blockdiag
 
 TORCH_LIBRARY(blockdiag, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", tags);
-  m.def("linear_input_grad(Tensor grad_output, Tensor weight, SymInt[] input_sizes) -> Tensor", tags);
-  m.def("linear_weight_grad(Tensor grad_output, Tensor input, SymInt[] weight_sizes) -> Tensor", tags);
-  m.def("linear_weight_bias_grad(Tensor grad_output, Tensor input, SymInt[] weight_sizes) -> (Tensor, Tensor)", tags);
+  for (const char* schema : blockdiag::kSchemas) {
+    m.def(schema, {at::Tag::pt2_compliant_tag});
+  }
 }

@@ -1,15 +1,16 @@
 // Tensors that no op takes, by dispatch key, and what to do instead.
+#include "ops/schemas.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <array>
+#include <string>
 #include <vector>
 
 namespace {
 
 using c10::DispatchKey;
-
-constexpr const char* kOps[] = {"linear", "linear_input_grad", "linear_weight_grad", "linear_weight_bias_grad"};
 
 constexpr const char* kToDense =
     "dense strided tensors, but got one of %. Convert it first: a sparse or mkldnn tensor by .to_dense(), a quantized "
@@ -64,8 +65,8 @@ std::vector<torch::Library> register_all() {
   std::vector<torch::Library> libraries;
   for (const auto& row : kUnsupported) {
     auto& library = libraries.emplace_back(torch::Library::IMPL, "blockdiag", row.key, __FILE__, __LINE__);
-    for (const char* op : kOps) {
-      library.impl(op, torch::CppFunction::makeFromBoxedFunction<&raise>());
+    for (const std::string schema : blockdiag::kSchemas) {
+      library.impl(schema.substr(0, schema.find('(')).c_str(), torch::CppFunction::makeFromBoxedFunction<&raise>());
     }
   }
   return libraries;
