@@ -1,16 +1,16 @@
-# The everyday commands. Each sets up what it needs: python3, g++ and make are enough to start from.
+# The everyday commands. Each sets up what it needs, given python3, g++ and make.
 #
-# TORCH=torch==X.Y.Z make ...   with that torch, rather than the active environment's or the default
-# VENV=DIR make ...             with the environment there
+# TORCH=torch==X.Y.Z make ...   uses that torch, not the active environment's or the default
+# VENV=DIR make ...             uses the environment in DIR
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-IN_VENV := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python# finds ninja there
+IN_VENV := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python# the build finds ninja on the PATH
 PIP := $(IN_VENV) -m pip --disable-pip-version-check install -qq
 CMAKE_BUILD := build/cmake
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo deploy convert test test-python test-cpp lint format report clean always
+.PHONY: demo deploy convert test test-python test-cpp lint format docs report clean always
 
 demo: $(VENV)/with-demo
 	$(BIN)/python examples/packed_ensemble_digits.py
@@ -36,7 +36,7 @@ test-cpp: $(VENV)/with-test
 	$(BIN)/cmake --build $(CMAKE_BUILD)
 	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
-lint: $(VENV)/with-lint $(VENV)/with-test # mypy reads what the package imports
+lint: $(VENV)/with-lint $(VENV)/with-test # mypy needs what the package imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy blockdiag
@@ -47,14 +47,18 @@ format: $(VENV)/with-lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.cu' '*.h')
 
+docs: $(VENV)/with-docs
+	$(BIN)/sphinx-build -E -q -W --keep-going docs build/docs
+	@echo "The site is in build/docs: open build/docs/index.html."
+
 report: $(VENV)/built
 	$(BIN)/python -m blockdiag
 
 clean:
 	rm -rf $(VENV) build demo-output *.egg-info blockdiag/*.so
 
-# A first build is part of the installation; after it, only what changed is compiled, or everything if that was for another
-# torch, compiler or the like. What setup.py was given is installed again with it, so that the metadata agrees.
+# The first build is part of the installation. Later builds compile what changed, or everything after a change of torch,
+# compiler or the like. A change of setup.py's own input installs again, so that the metadata agrees.
 INSTALLED_FROM := pyproject.toml setup.py VERSION scripts/create_env.sh $(VENV)/torch-wanted
 $(VENV)/built: $(INSTALLED_FROM) $(VENV)/fingerprint $(SOURCES)
 	if [ -n "$(filter $(INSTALLED_FROM),$?)" ]; then \
@@ -67,7 +71,7 @@ $(VENV)/built: $(INSTALLED_FROM) $(VENV)/fingerprint $(SOURCES)
 	$(BIN)/python setup.py fingerprint >$(VENV)/fingerprint
 	touch $@
 
-# These change only if what is in them does. No environment yet: the first build writes the fingerprint.
+# Updated only when their content changes. Without an environment yet, the first build writes the fingerprint.
 $(VENV)/fingerprint: always
 	@[ ! -e $(VENV)/built ] || $(BIN)/python setup.py fingerprint | cmp -s - $@ || touch $@
 
@@ -75,12 +79,12 @@ $(VENV)/torch-wanted: $(if $(TORCH),always)
 	@mkdir -p $(VENV)
 	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" >$@
 
-# What the commands need beside the package, by the name of the extra in pyproject.toml.
+# What a command needs beside the package: the extra of this name in pyproject.toml.
 $(VENV)/with-%: pyproject.toml | $(VENV)/built
 	$(PIP) 'torch-blockdiag[$*]'
 	touch $@
 
-# TorchUncertainty's layers are tested; without its dependencies, which would bring another torch.
+# Tests use TorchUncertainty's layers. Its dependencies are left out: they would bring another torch.
 $(VENV)/with-test: pyproject.toml | $(VENV)/built
 	$(PIP) 'torch-blockdiag[test]'
 	$(PIP) --no-deps torch-uncertainty==0.13.0 einops

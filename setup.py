@@ -1,12 +1,13 @@
-"""Builds blockdiag._C, the compiled part of the package. Names and dependencies stand in pyproject.toml.
+"""Builds blockdiag._C, the compiled part of the package. Names and dependencies are in pyproject.toml.
 
 CUDA is built when torch has CUDA and nvcc is found; a GPU is not needed to build. Environment:
 
 FORCE_CUDA=1          build CUDA, or fail saying what is missing
 FORCE_CPU=1           do not build CUDA
-TORCH_CUDA_ARCH_LIST  architectures to build for; by default those of this machine's GPUs, and without any "8.0;9.0+PTX"
+TORCH_CUDA_ARCH_LIST  architectures to build for; by default those of this machine's GPUs, or without any "8.0;9.0+PTX"
+MAX_JOBS              files to compile at once; torch reads it
 
-torch is imported late: an sdist is made without it, and `setup.py fingerprint`, which make calls each time, is quick.
+torch is imported late: an sdist is made without it, and `setup.py fingerprint`, which every make calls, must be quick.
 """
 
 import hashlib
@@ -26,11 +27,11 @@ ROOT = Path(__file__).parent
 VERSION = (ROOT / "VERSION").read_text().strip()
 MINIMUM_TORCH = "2.11"
 ARGUMENTS = sys.argv[1:]
-TORCH = getattr(importlib.util.find_spec("torch"), "origin", None)  # its __init__.py: a folder that was left has none
+TORCH = getattr(importlib.util.find_spec("torch"), "origin", None)  # its __init__.py; a leftover folder has none
 
 
 def without_torch():
-    """What to say where a build sees no torch."""
+    """The error message of a build that sees no torch."""
     places = os.pathsep.join([sys.prefix, *sys.path])
     if "pip-build-env-" in places:
         why = "pip is building in isolation: in an environment of its own, which has no torch"
@@ -48,14 +49,14 @@ def without_torch():
 
 
 class NothingToCompile(build_ext):
-    """Of a call that makes an sdist, where torch is missing or what is built with it must not get into the metadata."""
+    """For sdists: torch may be missing, and nothing that depends on it may get into the metadata."""
 
     def run(self):
         sys.exit(without_torch() if TORCH is None else "Build the sdist and the wheel by two calls of setup.py.")
 
 
 def says(*command):
-    """What a program says of its version."""
+    """The version that a program prints."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
     except OSError:
@@ -67,12 +68,12 @@ TOOLKIT = says(str(ROOT / "scripts" / "cuda_toolkit.sh")).strip() or None
 
 
 def fingerprint():
-    """A digest of what objects depend on and a dependency file does not tell.
+    """A digest of what objects depend on beyond their dependency files.
 
-    The headers of torch and of the compiler are system headers, which are left out there, and pip or uv may put one
-    release in another's place, with dates of its own.
+    Those leave out system headers, torch's and the compiler's among them. pip or uv may replace one release by another
+    in place, with file dates of its own.
     """
-    torch_version = Path(TORCH).with_name("version.py")  # of each build of torch another
+    torch_version = Path(TORCH).with_name("version.py")  # differs between builds of torch
     variables = (
         r"CC|CXX|C(PP|XX)?FLAGS|LDFLAGS|CPATH|C\w*_INCLUDE_PATH|CUDA_(HOME|PATH)|TORCH_CUDA\w+|\w*NVCC\w*|FORCE_\w+"
     )
@@ -131,10 +132,10 @@ def torch_release():
 
 
 def local_version(with_cuda):
-    """The "+pt2.13cpu" or "+pt2.14cu130" that tells apart wheels for different torches, which work with no other.
+    """The "+pt2.13cpu" or "+pt2.14cu130" that tells wheels for different torches apart. Each works with its own only.
 
-    pip refuses an sdist that it found by name if its build has another version than its file. What was unpacked from
-    one gets it only in the folders that `python -m build`, and pip for the sdist's path, unpack to.
+    pip rejects an sdist that it found by name if the build has another version than the file. So an unpacked sdist gets
+    the suffix only in the folders that `python -m build` unpacks to, and pip if it was given the sdist's path.
     """
     import torch
 
@@ -153,15 +154,13 @@ def make_extension(with_cuda, why):
         return {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern)}
 
     sources = find("**/*.cpp") - (set() if with_cuda else find("**/cuda/**/*.cpp"))
-    # The code does not read the fingerprint: an object whose command line has changed is compiled again.
+    # No code reads the fingerprint. It is on the command line, and an object whose command line changed is recompiled.
     macros = [("BLOCKDIAG_VERSION", f'"{VERSION}"'), ("BLOCKDIAG_FINGERPRINT", fingerprint())]
-    # Warnings are for our code: torch's headers, which torch's own flags name with -I, count as system headers when
-    # they are named with -isystem too.
+    # Warnings are for our code only. torch's flags name its headers with -I; -isystem makes them system headers.
     flags = ["-std=c++20", "-O3"]
     for path in include_paths():
         flags += ["-isystem", path]
-    # at::parallel_for runs serially in code that is compiled without OpenMP. Its runtime is the one that torch loads:
-    # not linked again.
+    # Without OpenMP at::parallel_for would run serially. Do not link its runtime: torch loads one.
     compile_args = {"cxx": [*flags, "-g0", "-fopenmp", "-Wall", "-Wextra"]}
     arguments = {"define_macros": macros, "extra_compile_args": compile_args, "include_dirs": [str(ROOT / "csrc")]}
     if not with_cuda:
@@ -172,7 +171,7 @@ def make_extension(with_cuda, why):
     macros.append(("BLOCKDIAG_CUDA", None))
     compile_args["nvcc"] = [*flags, "-Xcompiler=-Wall,-Wextra"]
     extension = CUDAExtension("blockdiag._C", sorted(sources | find("**/*.cu")), **arguments)
-    # Behind the toolkit's own headers: only for libraries such as cuBLAS that the toolkit lacks.
+    # After the toolkit's own headers: a fallback for libraries, such as cuBLAS, that the toolkit lacks.
     extension.include_dirs += pip_cuda_headers()
     return extension
 
@@ -189,7 +188,7 @@ def built_with_torch():
         "install_requires": [f"torch=={torch_release()}.*"],
         "ext_modules": [make_extension(with_cuda, why)],
         "cmdclass": {"build_ext": BuildExtension},
-        "options": {"build_ext": {"force": True}},  # without ninja, setuptools would look at the sources' dates alone
+        "options": {"build_ext": {"force": True}},  # without ninja, setuptools compares only the sources' dates
     }
 
 

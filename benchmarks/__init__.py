@@ -2,5 +2,5 @@
 
 import os
 
-# The profiler that counts allocations would write a line for each run through the progress bar; read when torch loads.
+# The profiler that counts allocations would print a line per run into the progress bar. torch reads this when it loads.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

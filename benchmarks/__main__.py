@@ -1,7 +1,7 @@
 """Times the ways to write a block-diagonal linear layer, and writes all numbers with the environment as JSON.
 
-Every contestant is checked against float64 before it is timed; then they run in turn, round by round. --show shows an
-older result, or that part of it that --suites, --precisions, --passes and --modes name.
+Every contestant is checked against float64 before it is timed; then they run in turn, round by round. --show prints an
+older result, or the part of it that --suites, --precisions, --passes and --modes select.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from blockdiag.__main__ import report as blockdiag_report
 
 MODES = ("eager", "compiled", "graph")
 PASSES = ("fwd", "fwd+bwd")
-SAVE_SECONDS = 20.0  # after which what is measured is written, in case that the process is killed
+SAVE_SECONDS = 20.0  # between writes of what is measured, in case the process is killed
 
 
 class Plan(NamedTuple):
@@ -58,7 +58,7 @@ def _positive(number: type):
 
 
 def _suite(text: str) -> tuple[str, list[str]]:
-    """ "NAME" or "NAME:PRECISION,..." as the name, and the precisions, or none."""
+    """Parses "NAME" or "NAME:PRECISION,..." into the name and the precisions."""
     name, _, precisions = text.partition(":")
     chosen = precisions.split(",") if precisions else []
     known = make_suites("cpu")
@@ -81,18 +81,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     add("--passes", nargs="+", choices=PASSES, help="default: both")
     add("--modes", nargs="+", choices=MODES, help="default: eager, and on a GPU graph (CUDA graphs)")
     names = [*CONTESTANTS, *CUDA_VARIANTS]
-    add("--contestants", nargs="+", choices=names, help="beside ours and the loop (default: the suite's)")
-    add("--exclude", nargs="+", choices=names, default=[], help="that are left out, ours and the loop too")
+    add("--contestants", nargs="+", choices=names, help="in addition to ours and the loop (default: the suite's)")
+    add("--exclude", nargs="+", choices=names, default=[], help="leave these out, even ours or the loop")
     add("--threads", nargs="+", type=_positive(int), default=[torch.get_num_threads()], help="default: %(default)s")
     add("--rounds", type=_positive(int), default=15, help="timed rounds of each case (default: %(default)s)")
-    add("--max-minutes", type=_positive(float), metavar="M", help="no case is started after that")
-    add("--output", type=Path, metavar="JSON", help="where to write all numbers; also when interrupted")
+    add("--max-minutes", type=_positive(float), metavar="M", help="start no case after that")
+    add("--output", type=Path, metavar="JSON", help="where to write all numbers, even when interrupted")
     add("--plots", type=Path, metavar="DIR", nargs="?", const=Path(), help="plot; DIR defaults to that of the JSON")
-    add("--compare", type=Path, metavar="OLD", help="an older JSON: exit with 1 if ours is slower beyond the spread")
+    add("--compare", type=Path, metavar="OLD", help="an older JSON: exit with 1 if ours is slower, beyond the spread")
     add("--show", type=Path, metavar="JSON", help="measure nothing, show this")
-    goals_help = "measure nothing, hold these together against the goals on a GPU: exit with 1 if ours misses one"
+    goals_help = "measure nothing, check these together against the goals for a GPU: exit with 1 if ours misses one"
     add("--goals", type=Path, metavar="JSON", nargs="+", help=goals_help)
-    decide_help = "measure nothing, show what this says of the library that is to compute on a GPU"
+    decide_help = "measure nothing, show which library should compute on a GPU according to this"
     add("--decide", type=Path, metavar="JSON", help=decide_help)
     add("--markdown", action="store_true", help="print Markdown tables, and nothing else, to standard output")
     arguments = parser.parse_args(argv)
@@ -121,7 +121,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
 
 
 def commit() -> str:
-    """The commit that is measured: from $BLOCKDIAG_COMMIT in a copy without its history."""
+    """The commit that is measured; in a copy without git's history, from $BLOCKDIAG_COMMIT."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -148,7 +148,7 @@ def describe_environment(device: str) -> dict[str, str]:
 def contestants_of(
     suite: Suite, mode: str, device: str, chosen: list[str] | None, excluded: Collection[str] = ()
 ) -> list[str]:
-    """Ours and the loop are what the others are set against: they run unless excluded, or left out by the suite."""
+    """The others are compared with ours and the loop: these run unless excluded, or left out by the suite."""
     variants = CUDA_VARIANTS if device == "cuda" and mode != "compiled" else ()
     wanted = {"ours", "loop", *chosen} if chosen else {"ours", *(suite.contestants or (*CONTESTANTS, *LIBRARIES))}
     wanted -= {*excluded}
@@ -156,7 +156,7 @@ def contestants_of(
 
 
 def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
-    """Measures all cases into `content`, or as many as there is time for; whether it was not interrupted."""
+    """Measures all cases, or as many as time allows, into `content`. Returns False if interrupted."""
     device, suites = torch.device(arguments.device), make_suites(arguments.device)
     content["environment"] = describe_environment(arguments.device)
     plans = [
@@ -172,7 +172,7 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
     began = saved = time.perf_counter()
     progress = tqdm(plans, unit="case")
     try:
-        # Before all cases: one that fails on a GPU may leave the device as nothing can be measured on.
+        # Before all cases, as one that fails may leave a GPU unusable.
         for dtype, threads in dict.fromkeys((PRECISIONS[plan.precision].result, plan.threads) for plan in plans):
             torch.set_num_threads(threads)
             ceiling = ceilings[dtype, threads] = measure_ceiling(dtype, device)
@@ -216,7 +216,7 @@ def measure_all(arguments: argparse.Namespace, content: runs.Content) -> bool:
 
 
 def _part(content: runs.Content, arguments: argparse.Namespace) -> runs.Content:
-    """The cases that the arguments name."""
+    """The cases that the arguments select."""
 
     def named(case: runs.Case) -> bool:
         choices = (
@@ -240,7 +240,7 @@ def show(content: runs.Content, arguments: argparse.Namespace) -> None:
     else:
         print(report.tables(content), report.summary(content), sep="\n\n")
     if content["left_out"]:
-        print(f"Left out for want of time: {len(content['left_out'])} cases", file=sys.stderr)
+        print(f"Left out for lack of time: {len(content['left_out'])} cases", file=sys.stderr)
     if arguments.plots:
         from benchmarks import plots
 
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"Written to {arguments.output}", file=sys.stderr)
     show(content, arguments)
     if not finished:
-        print("Interrupted: what was measured so far is shown and written.", file=sys.stderr)
+        print("Interrupted: showing and writing what was measured so far.", file=sys.stderr)
         return 130
     failed = any("failed" in entry for case in content["cases"] for entry in case["contestants"].values())
     if old is None:

@@ -1,16 +1,16 @@
-"""Compares ours in two runs, by its time over the loop's in the same round: machines drift, their ratio does not."""
+"""Compares ours in two runs, by its time over the loop's in the same round. Machines drift, this ratio does not."""
 
 from typing import NamedTuple
 
 from benchmarks.runs import Case, Content, key_of, quartiles, ratios, times_of
 
 TOLERANCE = 1.05  # by how much the median may be worse
-# Whose difference makes two runs hard to compare.
+# If these differ, two runs are hard to compare.
 ENVIRONMENT = ("torch", "CPU", "GPUs", "BLAS of torch", "CPU GEMM", "cuBLAS", "driver", "BLOCKDIAG_CPU_GEMM")
 
 
 class Regression(NamedTuple):
-    """A case of which ours became slower relative to the loop; (low, median, high) are quartiles of ours / loop."""
+    """A case where ours became slower relative to the loop; (low, median, high) are quartiles of ours / loop."""
 
     key: tuple
     old: tuple[float, float, float]
@@ -34,7 +34,7 @@ def _comparable(content: Content) -> dict[tuple, Case]:
 
 
 def compare(old: Content, new: Content) -> tuple[int, list[Regression]]:
-    """How many cases both runs have, and those that became slower beyond the spread.
+    """The number of cases that both runs have, and those that became slower, beyond the spread.
 
     That is: the quartile ranges of ours / loop do not overlap, and the median is worse by more than TOLERANCE.
 

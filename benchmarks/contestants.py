@@ -1,11 +1,11 @@
 """The ways to write a block-diagonal linear layer, one short function each. To add one, write its function here.
 
-A contestant takes a weight (G, N, K) and a bias (G * N,) and returns its forward function and its parameters, in
-whatever form it keeps them. `forward(x, *parameters)` computes concatenated output (B, G * N) from concatenated input
-(B, G * K), with the parameters that it is given, so that they can be exchanged for copies.
+A contestant takes a weight (G, N, K) and a bias (G * N,) and returns its forward function and its parameters, in any
+form. `forward(x, *parameters)` computes concatenated output (B, G * N) from concatenated input (B, G * K). It uses the
+parameters that it is given, so that they can be exchanged for copies.
 
 Where a contestant does not apply, it or its forward function raises NotImplementedError, or torch a RuntimeError. Under
-autocast, additions that torch would carry out in float32 are cast, as an attentive user would.
+autocast, additions that torch would compute in float32 are cast, as a careful user would.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ Forward = Callable[..., Tensor]
 Contestant = Callable[[Tensor, Tensor], tuple[Forward, list[Tensor]]]
 
 CONTESTANTS: dict[str, Contestant] = {}
-COMPILED = ("ours", "loop", "einsum")  # that are timed in compiled mode too
-# Larger dense weights are not built: beside all other contestants' tensors they would not fit.
+COMPILED = ("ours", "loop", "einsum")  # also timed in compiled mode
+# Larger dense weights are not built: they would not fit in memory next to all other contestants' tensors.
 DENSE_ELEMENTS = 1 << 29
-# A block of a sparse weight is a tile of torch's Triton kernel on CUDA; it cannot compile larger ones.
+# torch's Triton kernel takes a block of a sparse weight as a tile, and cannot compile larger ones.
 BSR_BLOCK = 128
 
 
@@ -46,7 +46,7 @@ def _concatenated(batched: Tensor) -> Tensor:
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """For functions that autocast leaves alone: what it does to the arguments of F.linear."""
+    """Casts like autocast does for F.linear, for functions that autocast leaves alone."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
@@ -80,7 +80,7 @@ def loop(weight: Tensor, bias: Tensor):
 
 @contestant
 def dense(weight: Tensor, bias: Tensor):
-    """One linear layer with the zeros in place: what the multiplied zeros cost, and in training not the same layer."""
+    """One linear layer with the zeros in place: shows what multiplying zeros costs. In training it is another layer."""
     return F.linear, [_dense_weight(weight), bias]
 
 
@@ -139,7 +139,7 @@ def einsum(weight: Tensor, bias: Tensor):
 
 @contestant
 def vmap(weight: Tensor, bias: Tensor):
-    """F.linear, vectorised over the blocks by torch."""
+    """F.linear, vectorized over the blocks by torch."""
     mapped = torch.vmap(F.linear, in_dims=(1, 0, 0), out_dims=1)
 
     def forward(*tensors: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def vmap(weight: Tensor, bias: Tensor):
 
 @contestant
 def bmm(weight: Tensor, bias: Tensor):
-    """A batched product between two copies: into the batched layout and out of it."""
+    """A batched product between two copies, into the batched layout and out of it."""
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         product = _concatenated(torch.bmm(_batched(x, len(weight)).contiguous(), weight.mT))
@@ -163,7 +163,7 @@ def bmm(weight: Tensor, bias: Tensor):
 
 @contestant
 def baddbmm(weight: Tensor, bias: Tensor):
-    """As bmm, but the product adds the bias."""
+    """Like bmm, but the product adds the bias."""
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         num_blocks = len(weight)
@@ -174,7 +174,7 @@ def baddbmm(weight: Tensor, bias: Tensor):
 
 
 class _BmmOut(torch.autograd.Function):
-    """Batched products that write into strided views of their results: `out=` itself refuses autograd."""
+    """Batched products that write into strided views of their results: `out=` itself does not support autograd."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -197,13 +197,13 @@ class _BmmOut(torch.autograd.Function):
 
 @contestant
 def bmm_out(weight: Tensor, bias: Tensor):
-    """Without copies: as HazyResearch/fly and NVIDIA/recsys-examples#263 write it."""
+    """Without copies, like HazyResearch/fly and NVIDIA/recsys-examples#263."""
     return lambda *tensors: _BmmOut.apply(*_autocast(*tensors)), [weight, bias]
 
 
 @contestant
 def grouped_mm(weight: Tensor, bias: Tensor):
-    """The product that torch has for mixtures of experts, of two batches of matrices."""
+    """torch's product for mixtures of experts, of two batches of matrices."""
     if not hasattr(F, "grouped_mm"):
         raise NotImplementedError(f"torch {torch.__version__} has no torch.nn.functional.grouped_mm")
 
@@ -232,7 +232,7 @@ def _packed(weight: Tensor, bias: Tensor, **arguments: str):
 
 @contestant
 def packed_linear(weight: Tensor, bias: Tensor):
-    """TorchUncertainty's PackedLinear as it comes."""
+    """TorchUncertainty's PackedLinear with its defaults."""
     return _packed(weight, bias)
 
 
@@ -244,9 +244,9 @@ def packed_einsum(weight: Tensor, bias: Tensor):
 
 @contextmanager
 def _cuda_gemm(library: str, tuned: bool = False, split_rows: int | None = None) -> Iterator[None]:
-    """Within it, `library` computes ours on CUDA, by the algorithms that are fastest here if `tuned`.
+    """Within it, `library` computes ours on CUDA, tuned for this GPU if `tuned`.
 
-    `split_rows`: the rows from which on small blocks' sums over the batch are split.
+    `split_rows`: from this many rows on, small_blocks splits its sums over the batch.
     """
     before = backends.cuda.preferred_blas_library()
     backends.cuda.preferred_blas_library(library)
@@ -260,7 +260,7 @@ def _cuda_gemm(library: str, tuned: bool = False, split_rows: int | None = None)
             extension.small_blocks_split_rows(rows_before)
 
 
-# Ours computed by something else than the default, on CUDA: contestants as those above.
+# More contestants: ours on CUDA, not computed by the default library.
 CUDA_VARIANTS: dict[str, Callable[[], AbstractContextManager]] = {
     "ours_lt": lambda: _cuda_gemm("cublaslt"),
     "ours_tuned": lambda: _cuda_gemm("cublaslt", tuned=True),
@@ -272,7 +272,7 @@ LIBRARIES = ("ours_lt", "ours_tuned", "ours_small")  # the variants that run whe
 
 
 def context_of(name: str) -> AbstractContextManager:
-    """What a contestant is to be run in: entered for a check, a capture or a round, not for each call."""
+    """The context that a contestant runs in. It is entered for a check, a capture or a round, not for each call."""
     return CUDA_VARIANTS.get(name, nullcontext)()
 
 

@@ -1,7 +1,7 @@
-"""Which library is to compute ours on a GPU: the winner at each problem, and what the rule makes of a result.
+"""Which library should compute ours on a GPU: the winner of each problem, and the rule's verdict on a result.
 
-The rule: small_blocks where it is at least SMALL_GAIN times as fast as cuBLASLt, cuBLASLt by its heuristic elsewhere
-for the types that it takes, cuBLAS for the others; tuning on request, unless it gains TUNING_GAIN over a suite.
+The rule: small_blocks where it is at least SMALL_GAIN times as fast as cuBLASLt; elsewhere cuBLASLt by its heuristic,
+for the types that it takes; cuBLAS for the others. Tuning stays opt-in, unless it gains TUNING_GAIN over a suite.
 """
 
 import statistics
@@ -34,8 +34,8 @@ def _cell(value: float | None) -> str:
 
 
 def table(cases: list[Case]) -> str:
-    """A row for each case: median microseconds, who of ours is the fastest, and how many times as fast as cuBLAS, as
-    cuBLASLt, and as the best way to write the layer without ours."""
+    """A row for each case: median microseconds, the fastest variant of ours, and its speedup over cuBLAS, cuBLASLt and
+    the fastest contestant that is not ours."""
     names = list(dict.fromkeys(name for case in cases for name in case["contestants"]))
     rows = [["B, G, K->N", "precision", "pass", *names, "floor", "winner", "/ours", "/ours_lt", "/other", "other"]]
     for case in cases:
@@ -52,7 +52,7 @@ def table(cases: list[Case]) -> str:
 
 
 def _gains(cases: Iterable[Case], of: str, over: str) -> dict[str, float]:
-    """How many times as fast, by problem."""
+    """The speedup, by problem."""
     ratios = {str(problem_of(case)): _ratio(case, of, over) for case in cases}
     return {problem: ratio for problem, ratio in ratios.items() if ratio is not None}
 
@@ -68,7 +68,7 @@ def _verdict(what: str, gains: dict[str, float], wanted: float, yes: str, no: st
 
 
 def verdicts(cases: list[Case]) -> str:
-    """What the rule says, setting by setting: small blocks by the size of the larger side of a block."""
+    """The rule's verdicts, setting by setting; for small_blocks also by the larger side of a block."""
     rows = []
     for (suite, precision, which, mode), of_setting in groups(cases, _setting):
         setting = f"{suite}, {precision}, {which}, {mode}"
@@ -86,7 +86,7 @@ def verdicts(cases: list[Case]) -> str:
 
 
 def report(content: Content) -> str:
-    """The table, the verdicts, and which of ours are wrong or do not run: those are out of the question."""
+    """The table, the verdicts, and which variants of ours are wrong or do not run."""
     cases = content["cases"]
     parts = [table(of_suite) for _, of_suite in groups(cases, lambda case: case["suite"])]
     for setting, left_out in groups(content["left_out"], _setting):

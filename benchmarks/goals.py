@@ -1,4 +1,4 @@
-"""Holds results of one GPU against the goals: which are met, at how many cases, and how far the worst is off."""
+"""Checks results of one GPU against the goals: which are met, in how many cases, and by how much the worst misses."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -15,14 +15,14 @@ LARGE_FLOOR_US = 20.0
 
 
 class Value(NamedTuple):
-    """What a case reaches, what it should reach at least, and against whom or what."""
+    """What a case reaches, the least that it should reach, and what it is compared with."""
 
     reached: float
     goal: float
     against: str
 
 
-# The value of a contestant that ran in a case; None where the goal says nothing of the case.
+# The value of a contestant that ran in a case; None if the goal does not apply to the case.
 Goal = Callable[[Case, str], Value | None]
 
 
@@ -65,15 +65,15 @@ def _large(case: Case, name: str) -> Value | None:
 
 
 def _kernels(case: Case) -> int:
-    """How many the layer takes: a product; two more and the sum of the bias's gradient; under autocast the casts of x,
-    weight and bias, and of their gradients."""
+    """The number of kernels: a product; in the backward pass two more, and the sum for the bias's gradient; under
+    autocast the casts of x, weight and bias, and of their gradients."""
     backward = case["pass"] == "fwd+bwd"
     casts = 3 if PRECISIONS[case["precision"]].autocast else 0
     return (4 if backward else 1) + casts * (2 if backward else 1)
 
 
 def _small(case: Case, name: str) -> Value | None:
-    """Of graphs: in eager mode such a problem takes the time that the host needs to call it."""
+    """For CUDA graphs: in eager mode such a problem is limited by the host's call."""
     if case["suite"] == "overhead" or case["mode"] != "graph" or case["floor_us"] > LARGE_FLOOR_US:
         return None
     kernels = KERNEL_US * _kernels(case)
@@ -82,7 +82,7 @@ def _small(case: Case, name: str) -> Value | None:
 
 
 def _memory(case: Case, name: str) -> Value | None:
-    """In eager mode, where the peak has cuBLAS's workspace in it. Autocast's casts are allowed beside the results."""
+    """In eager mode, where the peak includes cuBLAS's workspace. Autocast's casts are allowed beside the results."""
     if case["suite"] == "overhead" or case["mode"] != "eager":
         return None
     batch, num_blocks, in_block, out_block = problem_of(case)
@@ -120,7 +120,7 @@ def _where(case: Case, value: Value) -> str:
 
 
 def _rows(cases: list[Case], name: str) -> Iterable[list[str]]:
-    """A row for each goal, pass and mode; goals of which no case says anything have one row."""
+    """A row for each goal, pass and mode; goals that no case applies to have one row."""
     for goal, value_of in GOALS.items():
         values: dict[tuple[str, str], list[tuple[Case, Value]]] = {}
         for case in cases:

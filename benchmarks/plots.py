@@ -1,4 +1,4 @@
-"""Plots of a run: how many times as fast as the loop, which fraction of the floor, and how the time grows."""
+"""Plots of a run: speedup over the loop, fraction of the floor (the roofline), and how time scales."""
 
 import math
 import statistics
@@ -18,11 +18,11 @@ from benchmarks.contestants import CONTESTANTS, CUDA_VARIANTS
 from benchmarks.report import groups
 from benchmarks.runs import Case, Content, median_us, of_floor, problem_of, speedup, times_of
 
-WIDTH = 9.0  # inches, at DPI the width of a README
+WIDTH = 9.0  # inches; at DPI, as wide as a README
 DPI = 100
 OURS = "#d55e00"
-# For the others in the order of the contestants; neighbours differ in lightness, not in hue alone, and in their marker.
-COLOURS = (
+# For the others, in the order of the contestants. Neighbors differ in lightness, not only in hue, and in their marker.
+COLORS = (
     *("#000000", "#888888", "#c3b091", "#8c564b", "#999933", "#cc79a7", "#e69f00"),
     *("#6a3d9a", "#56b4e9", "#0072b2", "#332288", "#009e73", "#aa4499", "#661100"),
 )
@@ -36,7 +36,7 @@ METRICS: dict[str, tuple[str, Value]] = {
 
 
 def style(name: str) -> dict:
-    """The look of a contestant, the same in all plots."""
+    """The style of a contestant, the same in all plots."""
     if name == "ours":
         return {"color": OURS, "marker": "o", "linewidth": 2.4, "markersize": 5, "zorder": 10}
     if name in CUDA_VARIANTS:
@@ -44,8 +44,8 @@ def style(name: str) -> dict:
         return {"color": OURS, "marker": marker, "linestyle": "--", "linewidth": 1.2, "markersize": 4, "zorder": 9}
     others = [other for other in CONTESTANTS if other != "ours"]
     index = others.index(name) if name in others else len(others)
-    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    return {"color": colour, "marker": marker, "linewidth": 0.9, "markersize": 3, "zorder": 3}
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    return {"color": color, "marker": marker, "linewidth": 0.9, "markersize": 3, "zorder": 3}
 
 
 def _names(cases: Iterable[Case]) -> list[str]:
@@ -72,7 +72,7 @@ def _tidy(axes: Axes) -> None:
 
 
 def _finish(figure: Figure, title: str, names: list[str], path: Path, legend_lines: bool = True) -> Path:
-    """One legend beneath the panels, the title above them."""
+    """Adds one legend below the panels, and the title above them."""
     styles = [style(name) if legend_lines else {**style(name), "linestyle": "none"} for name in names]
     handles = [plt.Line2D([], [], label=name, **each) for name, each in zip(names, styles, strict=True)]
     columns = min(len(handles), 7)
@@ -87,15 +87,15 @@ def _finish(figure: Figure, title: str, names: list[str], path: Path, legend_lin
 
 
 def _limit(axes: Axes, values: dict[str, list[float]]) -> None:
-    """A log axis around ours and the loop: the slowest contestants leave through the bottom."""
-    centre = [value for name in ("ours", "loop") for value in values.get(name, [])]
+    """Limits a log axis to the range around ours and the loop; the slowest contestants are cut off."""
+    center = [value for name in ("ours", "loop") for value in values.get(name, [])]
     every = [value for each in values.values() for value in each]
-    if centre:
-        axes.set_ylim(max(min(every) / 1.2, min(centre) / 8), max(every) * 1.3)
+    if center:
+        axes.set_ylim(max(min(every) / 1.2, min(center) / 8), max(every) * 1.3)
 
 
 def plot_sizes(cases: list[Case], metric: str, title: str, path: Path, panel: str, panel_label: str) -> Path:
-    """A panel for each value of a field of the problem, a row of panels for each pass; against the size of a block.
+    """Against the size of a block: a panel for each value of a field of the problem, a row of panels for each pass.
 
     The size of a block K -> N is the square root of K N; problems of one size are averaged geometrically.
     """
@@ -153,16 +153,16 @@ def plot_problems(cases: list[Case], metric: str, title: str, path: Path) -> Pat
         axes.set_title(which, fontsize=9)
         _log2_ticks(axes.xaxis)
         _tidy(axes)
-        centre = [value for name in ("ours", "loop") for value in values.get(name, [])]
+        center = [value for name in ("ours", "loop") for value in values.get(name, [])]
         every = [value for each in values.values() for value in each]
-        if centre:
-            axes.set_xlim(max(min(every) / 1.2, min(centre) / 8), max(every) * 1.3)
+        if center:
+            axes.set_xlim(max(min(every) / 1.2, min(center) / 8), max(every) * 1.3)
     figure.supylabel("B, G, K→N", fontsize=9)
     return _finish(figure, f"{title}: {label}", names, path, legend_lines=False)
 
 
 def plot_scaling(cases: list[Case], title: str, path: Path) -> Path:
-    """The time against the number of blocks and against the batch, with a line proportional to either."""
+    """The time against the number of blocks and against the batch, with a proportional line for reference."""
     names = _names(cases)
     passes = list(dict.fromkeys(case["pass"] for case in cases))
     figure, grid = plt.subplots(
@@ -201,9 +201,9 @@ def plot_scaling(cases: list[Case], title: str, path: Path) -> Path:
 
 
 def plot(content: Content, folder: Path, stem: str) -> list[Path]:
-    """Saves all plots of a run as PNG in `folder`, their names beginning with `stem`; returns their paths.
+    """Saves all plots of a run as PNG in `folder`, with names that begin with `stem`; returns their paths.
 
-    For each suite, precision, mode and number of threads, one of each metric; a suite of one problem has none.
+    One plot of each metric for each suite, precision, mode and number of threads; none for a suite of one problem.
     """
     paths = []
     setting = ("suite", "precision", "mode", "threads")

@@ -1,4 +1,4 @@
-"""Tables of the times, and a summary that sets ours against the others."""
+"""Tables of the times, and a summary that compares ours with the others."""
 
 import statistics
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from itertools import groupby
 
 from benchmarks.runs import Case, Content, best_other, median_us, of_floor, problem_of, speedup, times_of
 
-LARGE_BLOCK = 256  # from which on a block can fill the machine
+LARGE_BLOCK = 256  # blocks of this size and more can use the whole machine
 
 
 def _setting(case: Case) -> tuple:
@@ -14,7 +14,7 @@ def _setting(case: Case) -> tuple:
 
 
 def groups(cases: Iterable[Case], setting=_setting) -> list[tuple[tuple, list[Case]]]:
-    """The cases by setting, in the order of their first appearance, whatever else was run between them."""
+    """The cases by setting, in the order of their first appearance, even if others ran in between."""
     cases = list(cases)
     order = {value: index for index, value in enumerate(dict.fromkeys(map(setting, cases)))}
     ordered = sorted(cases, key=lambda case: order[setting(case)])
@@ -31,7 +31,7 @@ def _cell(case: Case, name: str) -> str:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """Rows as text: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -42,7 +42,7 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def table(cases: list[Case]) -> str:
-    """One setting: a row for each problem with the median times in microseconds, the floor, and ours in relation."""
+    """One setting: a row for each problem with median times in microseconds, the floor, and ratios to ours."""
     names = list(dict.fromkeys(name for case in cases for name in case["contestants"]))
     shown = [name for name in names if any(name in times_of(case) for case in cases)]
     rows = [["B, G, K->N", *shown, "floor", "of floor", "loop/ours", "best/ours", "MiB ours", "MiB loop"]]
@@ -61,7 +61,7 @@ def _over(case: Case, name: str | None) -> float | None:
 
 
 def skips(cases: list[Case]) -> str:
-    """Who did not run or failed, why, and at how many problems."""
+    """Which contestants did not run or failed, why, and in how many problems."""
     reasons = [
         (name, word, entry[key])
         for key, word in (("failed", "FAILED"), ("skipped", "not run"))
@@ -76,7 +76,7 @@ def skips(cases: list[Case]) -> str:
 
 
 def tables(content: Content) -> str:
-    """A table for each suite and setting, with what was skipped beneath."""
+    """A table for each suite and setting, followed by what was skipped."""
     parts = [
         f"{_title(setting)} (medians in microseconds)\n{table(cases)}\n{skips(cases)}".rstrip()
         for setting, cases in groups(content["cases"])
@@ -95,7 +95,7 @@ def _spread(values: dict[str, float]) -> list[str]:
 def summary(content: Content) -> str:
     """For each suite and setting, ours against the best other contestant, the loop and the floor.
 
-    `best` includes the dense layer, although it is the same layer in inference only.
+    `best` includes the dense layer, although only in inference it is the same layer.
     """
     rows = []
     for (suite, threads, precision, which, mode), cases in groups(content["cases"]):

@@ -1,4 +1,4 @@
-"""The JSON of a run, and the numbers that tables, plots and comparisons take from it.
+"""The JSON of a run, and the numbers that tables, plots and comparisons compute from it.
 
 {
   "environment": {name: value, ...},                 report of python -m blockdiag, device, commit, date, driver
@@ -8,10 +8,11 @@
              "precision", "pass", "mode", "threads", "floor_us",
              "contestants": {name: {"times_us": [...], "peak_bytes"} or {"skipped": reason}
                              or of ours {"failed": reason}}}, ...],
-  "left_out": [{"suite", "problem", "precision", "pass", "mode", "threads"}, ...]     for want of time
+  "left_out": [{"suite", "problem", "precision", "pass", "mode", "threads"}, ...]     for lack of time
 }
 
-"times_us" has the microseconds of one run in each round; slow contestants sit out the last rounds.
+"times_us" has the microseconds of one run in each round; slow contestants skip the last rounds. "floor_us" is the
+roofline's time.
 """
 
 import json
@@ -27,7 +28,7 @@ Content = dict[str, Any]
 
 
 def save(content: Content, path: Path) -> None:
-    """Writes the JSON, a line for each case."""
+    """Writes the JSON, one line per case."""
     lists = {key: value for key, value in content.items() if isinstance(value, list)}
     parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key not in lists]
     for key, items in lists.items():
@@ -40,7 +41,7 @@ def load(path: Path) -> Content:
     """Reads the JSON of a run.
 
     Raises:
-        ValueError: it cannot be read, or is something else.
+        ValueError: it cannot be read, or is not such a JSON.
     """
     try:
         content = json.loads(path.read_text())
@@ -53,7 +54,7 @@ def load(path: Path) -> Content:
 
 
 def round_times(times_us: list[float]) -> list[float]:
-    """To 4 significant digits: the file stays small."""
+    """Rounds to 4 significant digits, to keep the file small."""
     return [float(f"{time_us:.4g}") for time_us in times_us]
 
 
@@ -62,7 +63,7 @@ def problem_of(case: Case) -> Problem:
 
 
 def key_of(case: Case) -> tuple:
-    """What is measured: the same in two runs, or not."""
+    """Identifies what is measured, to match the cases of two runs."""
     return (case["suite"], problem_of(case), *(case[name] for name in ("precision", "pass", "mode", "threads")))
 
 
@@ -87,16 +88,16 @@ def ratios(case: Case, name: str, over: str) -> list[float]:
 
 
 def speedup(case: Case, of: str, over: str) -> float:
-    """How many times as fast one contestant is as another: the median over the rounds."""
+    """The speedup of one contestant over another: the median over the rounds."""
     return statistics.median(ratios(case, over, of))
 
 
 def best_other(case: Case, ours: str = "ours") -> str | None:
-    """The fastest contestant beside ours and its variants, relative to one of these."""
+    """The fastest contestant other than ours and its variants, relative to one of these."""
     others = [name for name in times_of(case) if name not in OURS]
     return min(others, key=lambda name: speedup(case, ours, name), default=None)
 
 
 def of_floor(case: Case, name: str) -> float:
-    """The floor over the time: the fraction of what the machine can do."""
+    """The floor over the time: the fraction of the roofline."""
     return case["floor_us"] / median_us(case, name)

@@ -17,13 +17,13 @@ class Problem(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """Problems, and who computes them.
+    """Problems, and the contestants that compute them.
 
     Attributes:
         problems: without repetitions.
-        contestants: names; empty for all, with the libraries that may compute ours on CUDA.
-        rotate: operands are exchanged for copies from run to run, so that they come from memory, not from the cache.
-        host: on a GPU, the time is that of the call, without waiting for the GPU.
+        contestants: names; empty for all, including the libraries that can compute ours on CUDA.
+        rotate: exchange operands for copies between runs, so that they come from memory and not from the cache.
+        host: on a GPU, time the call without waiting for the GPU.
     """
 
     problems: list[Problem]
@@ -32,23 +32,22 @@ class Suite(NamedTuple):
     host: bool = False
 
 
-# The problem whose author published timings of one big linear, the loop and the masked dense layer, and found the loop
-# the slowest by far here, and the fastest below 8 blocks ("A (sometimes) faster alternative to a list of nn.Linear
-# layers").
+# From "A (sometimes) faster alternative to a list of nn.Linear layers", which published timings of one big linear, the
+# loop and the masked dense layer. There the loop was by far the slowest here, and the fastest below 8 blocks.
 PUBLISHED = Problem(128, 32, 32, 32)
 
 # Per-group networks of a recommender: the largest problem of all.
 RECOMMENDER = Problem(2560, 12, 1024, 3072)
 
 SMALL = [
-    # The points at which the other ways to write the layer were first compared.
+    # Where the other ways to write the layer were first compared.
     Problem(128, 32, 32, 32),
     Problem(2048, 32, 32, 32),
     Problem(128, 4, 64, 64),
     Problem(128, 16, 64, 64),
     Problem(128, 16, 256, 256),
     Problem(2048, 3, 96, 96),
-    # Tiny blocks and odd ones, that fill neither a vector register nor a tile, and batches of one row.
+    # Tiny blocks and odd ones, which fill neither a vector register nor a tile, and batches of one row.
     Problem(128, 16, 1, 1),
     Problem(7, 5, 3, 5),
     Problem(128, 100, 3, 3),
@@ -92,7 +91,7 @@ QUICK = {
 
 
 def _partitioned() -> list[Problem]:
-    """The published problem, with fewer blocks and more; then linear layers of these total sizes, cut into blocks."""
+    """The published problem, with fewer and with more blocks; then linear layers of these total sizes, in blocks."""
     totals = (256, 1024, 8192)
     published = [PUBLISHED._replace(num_blocks=num_blocks) for num_blocks in (32, 2, 4, 8, 16, 64)]
     sweep = [
@@ -105,10 +104,10 @@ def _partitioned() -> list[Problem]:
 def make_suites(device: str) -> dict[str, Suite]:
     """The suites by name, for device "cpu" or "cuda"."""
     sizes = [64, 128, 256, 512, 1024, *([2048, 4096] if device == "cuda" else [])]
-    # 64 -> 64 features: how the time grows with the blocks and with the batch.
+    # 64 -> 64 features: how time scales with the number of blocks and with the batch.
     scaling = [Problem(128, 2**exponent, 64, 64) for exponent in range(9)]
     scaling += [Problem(2**exponent, 16, 64, 64) for exponent in range(5, 16) if exponent != 7]
-    # What decides which library computes on a GPU: benchmarks/decision.py.
+    # For benchmarks/decision.py, which decides which library computes on a GPU.
     libraries = ("ours", "ours_lt", "ours_tuned", "ours_small")
     deciding = (*libraries, "loop", "dense", "bmm_out")
     of_decision = [Problem(128, num_blocks, size, size) for num_blocks in (16, 1, 4) for size in sizes[:5]]
@@ -119,11 +118,11 @@ def make_suites(device: str) -> dict[str, Suite]:
         Problem(8192, 4, 64, 64),
         Problem(8192, 8, 16, 16),
     ]
-    # The call: at size 1 nothing but it takes time, and on a GPU that is not waited for at larger sizes either.
+    # Call overhead: all of the time at size 1. On a GPU that is not waited for, at larger sizes too.
     calls = [Problem(1, 1, 1, 1), *([Problem(128, 1, 64, 64), Problem(128, 16, 64, 64)] if device == "cuda" else [])]
     return {
         "quick": Suite(QUICK[device]),
-        # In the order of what tells most, for runs that end early.
+        # The most informative first, for runs that end early.
         "ensemble": Suite([Problem(128, num_blocks, size, size) for num_blocks in (16, 1, 4, 8, 2) for size in sizes]),
         "partitioned": Suite(_partitioned()),
         "recommender": Suite([RECOMMENDER]),

@@ -1,4 +1,4 @@
-"""Times contestants on one problem: checked first, then in turn round by round, so that a drifting machine hits all."""
+"""Times contestants on one problem: checks them first, then runs them in turn, so that drift affects all alike."""
 
 import itertools
 import math
@@ -15,19 +15,19 @@ from torch import Tensor
 from benchmarks.contestants import OURS, Forward, context_of, make_contestant
 from benchmarks.suites import Problem
 
-# By device: a GPU's time is scarce, and its clock, which its events read, is precise.
-ROUND_SECONDS = {"cpu": 0.01, "cuda": 0.003}  # that one contestant runs in one round, at least once
-# After which a slow contestant sits out the rest of the rounds; or 4 runs of ours, if longer.
+# By device: GPU time is scarce, and the clock behind its events is precise.
+ROUND_SECONDS = {"cpu": 0.01, "cuda": 0.003}  # for which a contestant runs in each round, at least once
+# A slow contestant skips further rounds after this, or after the time of 4 runs of ours, if longer.
 CASE_SECONDS = {"cpu": 1.5, "cuda": 0.15}
-RUN_SECONDS = 30.0  # a contestant of which one run takes longer is left out
+RUN_SECONDS = 30.0  # a contestant is left out if one run takes longer
 MAX_COPIES = 64  # of the operands
-HOST_CALLS = 20  # that are timed without waiting for the GPU: few enough to fit into its queue
+HOST_CALLS = 20  # timed without waiting for the GPU; few enough to fit into its queue
 
 Step = Callable[[], Any]
 
 
 class Precision(NamedTuple):
-    """The dtype of the tensors, and the one that autocast computes in, if it is on."""
+    """The dtype of the tensors, and autocast's dtype, if it is on."""
 
     dtype: torch.dtype
     autocast: torch.dtype | None = None
@@ -47,7 +47,7 @@ PRECISIONS = {
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The size of the last-level cache; 32 MiB where the system does not tell."""
+    """The size of the last-level cache; 32 MiB if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -86,9 +86,9 @@ def _make_data(
 
 
 def _reference(data: Data, precision: Precision, backward: bool) -> tuple[Tensor, ...]:
-    """Output and, if wanted, gradients of x, weight and bias, in float64 on the device, for all copies of the operands.
+    """The output and, for `backward`, the gradients of x, weight and bias, computed in float64 on the device.
 
-    Kept in float32, which is precise enough to compare with, unless the tensors are of float64 themselves.
+    Returned in float32, which is precise enough for a comparison, unless the tensors are float64 themselves.
     """
     wide = torch.promote_types(precision.dtype, torch.float32)
     weight = data.weight.double()
@@ -115,9 +115,9 @@ def _check(
     output, *grads = reference
     expected = [output]
     if grads:
-        # A contestant keeps its gradients as it keeps its parameters.
+        # A contestant's gradients have the form of its parameters.
         expected += [grads[0], *make_contestant(name, *grads[1:])[1]]
-    length = max(problem.batch, problem.in_block, problem.out_block)  # of the longest sum
+    length = max(problem.batch, problem.in_block, problem.out_block)  # of the longest dot product
     limit = 4 * torch.finfo(precision.result).eps + length**0.5 * torch.finfo(output.dtype).eps
     for index, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
         what = "its output" if index == 0 else f"gradient {index - 1}"
@@ -125,7 +125,7 @@ def _check(
         assert actual.shape == wanted.shape, f"{where} has shape {tuple(actual.shape)}, not {tuple(wanted.shape)}"
         dtype = precision.result if index == 0 else precision.dtype
         assert actual.dtype == dtype, f"{where} is of {actual.dtype}"
-        # Only `dense` has gradients where the others have zeros by construction: not part of the layer, not compared.
+        # Only `dense` has gradients off the blocks. They are not part of the layer, and are not compared.
         difference = torch.where(wanted == 0, 0, actual.detach() - wanted)
         error = (difference.norm() / wanted.norm()).item()
         assert error <= limit, f"{where} has relative error {error:.2g}, the limit is {limit:.2g}"
@@ -136,10 +136,10 @@ def _make_step(
 ) -> Step:
     """A function that runs the contestant once, on the next copy of the operands.
 
-    It returns (output,), or where the input requires gradients (output, gradient of x, gradients of the parameters).
+    It returns (output,), or, if the input requires gradients, (output, gradient of x, gradients of the parameters).
     """
     backward = data.inputs[0].requires_grad
-    # Those of the dense contestants are large: no more copies than it takes.
+    # Those of the dense contestants are large: make no more copies than necessary.
     size = sum((each.values() if each.layout == torch.sparse_bsr else each).nbytes for each in parameters)
     copies = min(len(data.inputs), math.ceil(rotated_bytes / size) if size else 1) or 1
     rotated = [[each.detach().clone().requires_grad_(backward) for each in parameters] for _ in range(copies)]
@@ -164,7 +164,7 @@ def _make_step(
 
 
 class _Replay(NamedTuple):
-    """Replays a graph, and keeps alive what it reads: the operands, which the captured function holds."""
+    """Replays a graph, and keeps the operands alive, which the captured function holds."""
 
     graph: torch.cuda.CUDAGraph
     captured: Step
@@ -174,11 +174,11 @@ class _Replay(NamedTuple):
 
 
 def _capture(step: Step, copies: int) -> tuple[Step, Any]:
-    """A function that replays one run of `step` on each copy of the operands, as one CUDA graph; the last's results."""
+    """Captures one run of `step` per copy of the operands as a CUDA graph; returns its replay, and the last results."""
     current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        step()  # for what each stream has its own of, as cuBLAS's workspace
+        step()  # allocates what each stream has its own of, such as cuBLAS's workspace
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
@@ -186,13 +186,13 @@ def _capture(step: Step, copies: int) -> tuple[Step, Any]:
             for _ in range(copies):
                 results = step()
     finally:
-        torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
+        torch.cuda.set_stream(current)  # a failed capture leaves its own stream current
     graph.replay()
     return _Replay(graph, step), results
 
 
 class FirstRun(NamedTuple):
-    """What a step returns, how long it takes, and the most bytes that torch holds at once beyond those before."""
+    """The results of a step, how long it takes, and the peak of the bytes that torch allocates in it."""
 
     results: Any
     seconds: float
@@ -200,10 +200,10 @@ class FirstRun(NamedTuple):
 
 
 def first_run(step: Step, device: torch.device, count_workspace: bool = False) -> FirstRun:
-    """On a GPU after a run that loads kernels.
+    """The first run; on a GPU the second, as one before it loads the kernels.
 
-    `count_workspace`: with ATen's workspace for cuBLAS, by having it allocated anew. There is one for each thread, and
-    autograd has a thread of its own, whatever the op; here it does without.
+    `count_workspace`: include ATen's workspace for cuBLAS, by having it allocated again. There is one per thread, and
+    autograd's own thread is turned off for this.
     """
     if device.type == "cuda":
         with torch.autograd.set_multithreading_enabled(not count_workspace):
@@ -228,7 +228,7 @@ def first_run(step: Step, device: torch.device, count_workspace: bool = False) -
 
 
 def _host_run(step: Step, repeats: int) -> float:
-    """Microseconds that the host takes for one run, without waiting for the GPU."""
+    """Microseconds that the host needs for one run, without waiting for the GPU."""
     bursts, seconds = math.ceil(repeats / HOST_CALLS), 0.0
     for _ in range(bursts):
         torch.cuda.synchronize()
@@ -258,7 +258,7 @@ def run(step: Step, repeats: int, device: torch.device, host: bool = False) -> f
 
 
 def _refuse_endless(forward: Forward, parameters: list[Tensor], data: Data, problem: Problem) -> None:
-    """Refuses what would take minutes, going by a sixteenth of the batch: a large dense layer in half precision."""
+    """Raises for what would take minutes, by timing a sixteenth of the batch: a large dense layer in half precision."""
     x = data.inputs[0].detach()
     dense_operations = 2 * problem.batch * problem.num_blocks**2 * problem.in_block * problem.out_block
     if dense_operations < 1e10 or x.is_cuda:
@@ -290,24 +290,24 @@ def measure(
         problem: the sizes.
         precision: dtype of the tensors, and of autocast.
         device: CPU or CUDA; the latter must be the current device.
-        backward: forward and backward pass, with the gradients of x and all parameters; else forward without autograd.
+        backward: forward and backward pass, with gradients of x and all parameters; otherwise forward without autograd.
         mode: "eager", "compiled" (torch.compile) or "graph" (replays of a CUDA graph).
-        rounds: in each, every contestant runs for ROUND_SECONDS or once, in an order that is drawn anew.
-        rotate: operands are exchanged for copies from run to run, together twice as large as the cache.
-        host: on a GPU, the time is the host's, which does not wait for the GPU.
+        rounds: in each, every contestant runs for ROUND_SECONDS, or once, in random order.
+        rotate: exchange the operands for copies between runs, which together are twice as large as the cache.
+        host: on a GPU, measure the host's time, without waiting for the GPU.
 
     Returns:
-        For each contestant, {"times_us", "peak_bytes"}: microseconds of one run in each round, fewer for one that has
-        run for CASE_SECONDS, and the most bytes that torch held beyond the operands, in eager mode with cuBLAS's
-        workspace; or {"skipped": why it does not apply, or in what it is wrong}; or of ours {"failed": in what it is
-        wrong, or its error}, but for a lack of memory.
+        For each contestant, {"times_us", "peak_bytes"}: microseconds of one run in each round, of fewer rounds after
+        CASE_SECONDS, and the peak of the bytes that torch held beyond the operands, in eager mode with cuBLAS's
+        workspace. Or {"skipped": why it does not apply, or how it is wrong}. Or for ours {"failed": how it is wrong, or
+        its error}, except for a lack of memory.
     """
     rotated_bytes = 2 * cache_bytes(device) if rotate else 0
     results: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
     case_seconds = CASE_SECONDS[device.type]
     if mode == "compiled":
-        torch.compiler.reset()  # torch.compile gives up on a function after 8 versions of it
+        torch.compiler.reset()  # torch.compile gives up after 8 versions of a function
     with torch.set_grad_enabled(backward):
         data = _make_data(problem, precision, device, backward, rotated_bytes)
         reference = _reference(data, precision, backward)
@@ -320,17 +320,17 @@ def measure(
                     if mode == "compiled":
                         forward = torch.compile(forward, dynamic=False)
                     step = _make_step(forward, parameters, data, precision, rotated_bytes)
-                    del forward, parameters  # the step has copies
+                    del forward, parameters  # the step holds copies
                     if mode == "compiled":
                         step()
-                    # A captured graph holds the workspace: none may be freed beside one.
+                    # A captured graph holds the workspace, so none may be freed while there is one.
                     first = first_run(step, device, count_workspace=mode == "eager")
                     _check(name, first.results, reference, problem, precision)
                     seconds, peak_bytes = first.seconds, first.peak_bytes
-                    del first  # what holds an autograd graph of this stream spoils a capture
+                    del first  # an autograd graph of this stream that is still alive breaks a capture
                     if name == "ours":
                         case_seconds = max(case_seconds, 4 * seconds)
-                    # The first run of a contestant as slow as that is as good as any, and stays its only one.
+                    # A contestant that is this slow runs only once: its first run is as good as any.
                     if seconds < case_seconds:
                         steps[name] = step
                         if mode == "graph":
@@ -338,13 +338,13 @@ def measure(
                             _check(name, replayed, reference, problem, precision)
                             del replayed
                     results[name] = {"times_us": [1e6 * seconds], "peak_bytes": peak_bytes}
-            except Exception as error:  # of any kind: other libraries' compilers have their own
-                # A variant may not be there, in a build without CUDA say.
+            except Exception as error:  # any kind, as other libraries' compilers raise their own
+                # A variant may be missing, for example in a build without CUDA.
                 excused = (torch.OutOfMemoryError, *([NotImplementedError] if name != "ours" else []))
                 failed = name in OURS and not isinstance(error, excused)
                 results[name] = {"failed" if failed else "skipped": _reason(error)}
                 steps.pop(name, None)
-        runs = copies if mode == "graph" else 1  # in one call of a step
+        runs = copies if mode == "graph" else 1  # per call of a step
         for name, times in _time_rounds(steps, rounds, case_seconds, device, host).items():
             results[name]["times_us"] = [time_us / runs for time_us in times]
     return results

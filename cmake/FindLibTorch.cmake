@@ -1,12 +1,12 @@
 # Finds libtorch: the target LibTorch::LibTorch, LibTorch_CUDA_LIBRARIES (empty if torch was built without CUDA),
-# LibTorch_CUDA_VERSION (where a Python package tells), and LibTorch_RELEASE, the part of its version that fixes the
-# interface of compiled code. LibTorch_VERSION_FILES differ from one build of torch to another.
+# LibTorch_CUDA_VERSION (if a Python package has it), and LibTorch_RELEASE, the part of the version that fixes the ABI.
+# LibTorch_VERSION_FILES differ between builds of torch.
 #
-# find_package(Torch) insists on a whole CUDA toolkit wherever torch was built with CUDA, even to build for CPUs alone, and
-# takes no library from where pip installs it. Only the place of torch's package file is used here. Looks in Torch_DIR and
-# CMAKE_PREFIX_PATH, as find_package(Torch) does.
+# A workaround for find_package(Torch), which requires a whole CUDA toolkit wherever torch was built with CUDA, even to
+# build for CPUs only, and finds no library that pip installed. Only the location of torch's package file is used here.
+# Looks in Torch_DIR and CMAKE_PREFIX_PATH, as find_package(Torch) does.
 #
-# Nothing found is cached: a build folder would go on with what was there before torch was replaced, or named anew.
+# Nothing found is cached: a build folder would keep using the old torch after it was replaced or moved.
 find_path(Torch_DIR TorchConfig.cmake PATHS ${CMAKE_PREFIX_PATH} PATH_SUFFIXES Torch share/cmake/Torch NO_CACHE)
 if(Torch_DIR)
   get_filename_component(LibTorch_ROOT ${Torch_DIR}/../../.. ABSOLUTE)

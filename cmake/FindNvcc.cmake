@@ -1,5 +1,5 @@
-# Finds nvcc: Nvcc_EXECUTABLE, inside its toolkit. CMake would take a wrapper script's folder for the toolkit's own, so the
-# script that setup.py asks is asked.
+# Finds nvcc: Nvcc_EXECUTABLE, inside its toolkit. CMake would look for the toolkit beside a wrapper script, so ask the
+# script that setup.py uses.
 execute_process(
   COMMAND ${CMAKE_CURRENT_LIST_DIR}/../scripts/cuda_toolkit.sh
   OUTPUT_VARIABLE Nvcc_TOOLKIT OUTPUT_STRIP_TRAILING_WHITESPACE

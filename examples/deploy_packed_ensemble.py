@@ -1,10 +1,10 @@
-"""Deploys the ensemble that `make demo` trained in two ways that need no Python, and compares all answers on the tests.
+"""Deploys the ensemble that `make demo` trained in two ways without Python, and compares all answers on the test set.
 
-- An ONNX file of plain operators, which onnxruntime serves: no library of ours is needed there.
-- A package that PyTorch's AOTInductor compiles ahead of time, which the C++ program examples/serve serves with libtorch
+- An ONNX file of plain operators, which onnxruntime serves without blockdiag.
+- A package compiled ahead of time by PyTorch's AOTInductor, which the C++ program examples/serve serves with libtorch
   and libblockdiag.
 
-Both take any batch. Run: make deploy
+Both take any batch size. Run: make deploy
 """
 
 import argparse
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5  # of probabilities
 
 
 class Classifier(nn.Module):
-    """The ensemble as a service wants it: images (batch, PIXELS) to the mean of the members' probabilities."""
+    """The ensemble as a service needs it: images (batch, PIXELS) to the mean of the members' probabilities."""
 
     def __init__(self, ensemble: PackedEnsemble) -> None:
         super().__init__()

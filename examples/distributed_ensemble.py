@@ -1,10 +1,10 @@
-"""Trains one ensemble split over processes by its members; saves a checkpoint for any number of processes.
+"""Trains one ensemble with its members split over processes; saves a checkpoint for any number of processes.
 
     torchrun --nproc-per-node 2 examples/distributed_ensemble.py
 
-Every layer is a BlockDiagLinear whose blocks are spread over the processes (BlockParallel), so each process trains its
-share of the members: nothing is exchanged until the members vote. A run that finds a checkpoint goes on from it, with
-as many processes as it then has. Uses one GPU for each process if there are that many, and CPUs otherwise.
+Every layer is a BlockDiagLinear whose blocks are sharded over the processes (BlockParallel). So each process trains its
+share of the members, and nothing is communicated until the members vote. A run that finds a checkpoint resumes from it,
+with any number of processes. Uses one GPU per process if there are enough, and CPUs otherwise.
 """
 
 import argparse
@@ -50,9 +50,9 @@ def main() -> None:
     mesh = init_device_mesh("cuda" if cuda else "cpu", (world_size,))
     device, first = torch.device(mesh.device_type), dist.get_rank() == 0
 
-    torch.manual_seed(arguments.seed)  # the same model on all processes, to be split
+    torch.manual_seed(arguments.seed)  # the same model on all processes, before it is sharded
     model = PackedEnsemble(arguments.members, arguments.hidden).to(device)
-    # Between the layers there are activations of the local members alone: Shard(-2) of the stacked layout.
+    # Activations between the layers are of the local members only: Shard(-2) in the stacked layout.
     style = BlockParallel(input_layouts=Shard(-2))
     parallelize_module(model, mesh, {f"layers.{index}": style for index in range(len(model.layers))})
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=1e-2)

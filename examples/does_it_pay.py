@@ -2,10 +2,10 @@
 
 A network PIXELS -> hidden -> hidden -> CLASSES is trained; its hidden layer is then compressed (blockdiag.compress) to
 permuted diagonal blocks, to a low-rank and to a Monarch product, each fitted to the training images and fine-tuned
-briefly, at several budgets of parameters. Accuracy on held-out digits,
-parameters, operations and measured latency are printed and plotted beside the dense network's, and beside those of
-smaller dense networks of the same budgets trained from the start, which is what has to be beaten. Once for a wide
-network, and once for a narrow one. Accuracies are means over several splits of the data.
+briefly, at several budgets of parameters. Accuracy on held-out digits, parameters, FLOPs and measured latency are
+printed and plotted beside the dense network's, and beside those of smaller dense networks of the same budgets trained
+from scratch: the baseline to beat. Once for a wide network, and once for a narrow one. Accuracies are means over
+several splits of the data.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Data(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One network: what it costs, and how it does. `converted` is the accuracy before fine-tuning.
+    """One network: its costs and its accuracy. `converted` is the accuracy before fine-tuning.
 
     Accuracies are means over the splits of the data, `deviation` is the standard deviation among them.
     """
@@ -96,7 +96,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
 
 
 def costs(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and operations for one image: two for each weight, which is used once."""
+    """Parameters, and FLOPs for one image: two per weight, as each is used once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), 2 * sum(p.numel() for p in parameters if p.dim() > 1)
 
@@ -125,13 +125,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def smaller_hidden(parameters: int) -> int:
-    """The width whose network has about so many parameters."""
+    """The width of a network with about this many parameters."""
     per_unit = PIXELS + CLASSES + 2
     return max(1, round((-per_unit + (per_unit**2 + 4 * (parameters - CLASSES)) ** 0.5) / 2))
 
 
 def budgets(method: str, hidden: int) -> list[float]:
-    """Monarch's factors, of as many blocks as divide the width up to its square root, have a smallest size."""
+    """The budgets that a method can meet: Monarch's factors have a smallest size, as their blocks are limited."""
     least = 2 * near_square_blocks(hidden) / hidden if method == "Monarch" else 0.0
     return [budget for budget in BUDGETS if budget >= least]
 
@@ -196,7 +196,7 @@ def print_table(results: list[Result]) -> None:
 def conclude(results: list[Result], tolerance: float) -> str:
     """Whether a converted network is faster than the dense one without being worse.
 
-    By a fifth at least, and without a smaller dense network, trained from the start, being both faster and better.
+    By at least 20 %, and unless a smaller dense network, trained from scratch, is both faster and better.
     """
     dense, others = results[0], results[1:]
     good = [r for r in others if r.accuracy >= dense.accuracy - tolerance]

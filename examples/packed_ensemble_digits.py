@@ -1,8 +1,8 @@
 """Trains an ensemble of classifiers at once, as one packed network, on scikit-learn's handwritten digits.
 
-Every layer of the packed network is one BlockDiagLinear with a block for each member, so all members are trained by one
-forward and one backward pass, each on its own shuffle of the data. The same ensemble is trained as a loop over networks
-of nn.Linear beside it, from the same initial parameters on the same batches, epoch by epoch in turn: both must compute
+Every layer of the packed network is one BlockDiagLinear with a block per member. So one forward and one backward pass
+train all members, each on its own shuffle of the data. For comparison the same ensemble is trained as a loop over
+networks of nn.Linear, from the same initial parameters on the same batches, in alternating epochs. Both must compute
 the same function, and their times are compared. Prints accuracy, negative log likelihood (NLL) and expected calibration
 error (ECE) of the members and of the ensemble on held-out digits, and plots the ensemble's reliability diagram and the
 times.
@@ -67,7 +67,7 @@ class LoopEnsemble(nn.Module):
 
 
 def load_data(seed: int) -> list[Tensor]:
-    """Train images (samples, PIXELS) of 0 to 1, test images, train labels (samples,), test labels."""
+    """Train images (samples, PIXELS) from 0 to 1, test images, train labels (samples,), test labels."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images / 16, labels, test_size=0.25, stratify=labels, random_state=seed)
     return [
@@ -77,12 +77,12 @@ def load_data(seed: int) -> list[Tensor]:
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of the members' losses: each member gets the gradient that it would get alone."""
+    """The sum of the members' losses, so that each member gets the gradient that it would get alone."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
 
 
 class Trainer:
-    """One ensemble, its optimizer, and the time that its epochs took."""
+    """One ensemble, its optimizer, and the times of its epochs."""
 
     def __init__(self, model: nn.Module, learning_rate: float) -> None:
         self.model = model
@@ -110,7 +110,7 @@ def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[
     """Confidence, accuracy and share of the samples in each of `bins` equal bins of confidence, and the ECE.
 
     The expected calibration error is the mean of |accuracy - confidence| over the bins, weighted by their share
-    (Guo et al., On Calibration of Modern Neural Networks, 2017). Empty bins are NaN and count nothing.
+    (Guo et al., On Calibration of Modern Neural Networks, 2017). Empty bins are NaN and do not count.
     """
     confidence, predicted = probabilities.max(dim=-1)
     index = (confidence * bins).long().clamp(max=bins - 1)
@@ -214,7 +214,7 @@ def main() -> int:
     for epoch in progress:
         order = torch.rand(shape, device=device).argsort(0)  # a shuffle for each member
         epoch_images = train_images[order] + arguments.noise * torch.randn(*shape, PIXELS, device=device)
-        # In turn, so that a machine that slows down hits both; each goes first as often as the other.
+        # Alternating, so that a machine that slows down affects both alike.
         for trainer in (packed, loop) if epoch % 2 == 0 else (loop, packed):
             trainer.run_epoch(epoch_images, train_labels[order], arguments.batch_size)
         progress.set_postfix(

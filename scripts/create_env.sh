@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Creates the environment that make works in: scripts/create_env.sh DIR
 #
-# Uses the torch of the active python3 where it has one that will do, and installs $TORCH otherwise. If TORCH is set by the
-# caller, that is installed in any case. The active environment is left as it is.
+# Uses the torch of the active python3 if it is new enough, and installs the default one otherwise. A TORCH that the
+# caller set is always installed. The active environment is not changed.
 set -euo pipefail
 
 dir=$(realpath -m "$1")
@@ -14,13 +14,13 @@ fail() {
   exit 1
 }
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "blockdiag needs Python 3.10 or newer, as $python."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "blockdiag needs Python 3.10 or newer, but $python is older."
 command -v "${CXX:-g++}" >/dev/null || fail "blockdiag is compiled with g++, which is not installed (on Debian: apt install g++)."
 "$python" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
   fail "Python's headers are missing (on Debian: apt install python3-dev)."
 "$python" -m venv "$dir" || fail "Python's venv module is missing (on Debian: apt install python3-venv)."
 
-# The folders that the active environment imports torch and its dependencies from, if that torch is new enough.
+# The folders from which the active environment imports torch and its dependencies, if that torch is new enough.
 existing=$("$python" - <<'PY' || true
 import sys
 try:

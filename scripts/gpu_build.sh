@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Builds the module for a GPU machine, where every minute counts and nothing can be installed: scripts/gpu_build.sh
 #
-# For Python 3.12 and torch 2.11.0 with CUDA 13, sm_80 and sm_90; PYTHON=..., TORCH=torch==X.Y.Z and TORCH_CUDA_ARCH_LIST
-# name others. Needs g++ and nvcc, and a few minutes. Imports the module, runs the fake device's tests of calls with it, and
-# leaves in build/gpu, which travels with the tree and which scripts/gpu_check.sh takes where it fits:
+# For Python 3.12 and torch 2.11.0 with CUDA 13, sm_80 and sm_90; PYTHON=..., TORCH=torch==X.Y.Z and
+# TORCH_CUDA_ARCH_LIST select others. Needs g++ and nvcc, and a few minutes. Imports the module and runs the fake
+# device's tests of calls with it. The result is in build/gpu; copy it along with the tree, and scripts/gpu_check.sh
+# uses it if it matches:
 #
-#   _C.*.so   the module, stripped       commit   of the tree
-#   digest    of what it was built of    tree     of all that runs
+#   _C.*.so   the module, stripped        commit   the tree's commit
+#   digest    of the sources compiled     tree     the digest of everything that runs
 set -euo pipefail
 . "$(dirname "$0")/gpu_common.sh"
 
 for python in "${PYTHON:-python3.12}" "$(pyenv root 2>/dev/null)"/versions/3.12.*/bin/python3.12; do
-  ! "$python" -c "" 2>/dev/null || break # pyenv has a python3.12 on the PATH that does not run
+  ! "$python" -c "" 2>/dev/null || break # pyenv's python3.12 on the PATH may not run
 done
 work=$root/build/gpu-work
 env=$work/env-$(basename "$python")-${TORCH:=torch==2.11.0}
@@ -23,9 +24,9 @@ if [ ! -e "$env/installed" ]; then
 fi
 export PATH="$env/bin:$PATH" # the build finds ninja there
 
-# Outdated copies of deleted files would be compiled too.
+# Deleted files would be compiled too if their old copies stayed.
 find "$work/tree" -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
-compiled=$(compiled_digest) tree=$(tree_digest) # the tree may change while this runs
+compiled=$(compiled_digest) tree=$(tree_digest) # now, as the tree may change while this runs
 commit=$(git -C "$root" describe --always --dirty --abbrev=40)
 copy_tree "$work/tree"
 cd "$work/tree"

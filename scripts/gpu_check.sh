@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Checks and times blockdiag on a machine with an NVIDIA GPU, without a network: scripts/gpu_check.sh OUT_DIR PART
 #
-#   first              at most 270 s: which libraries are right, which is to be the default, and the tests by each library
-#   second [FAILURES]  at most 320 s: the tests that failed in first, by its failures.txt; compute-sanitizer on our own
-#                      kernels; the benchmark as the goals have it
-#   time SUITE...      at most 440 s: further suites, as python -m benchmarks --suites names them
+#   first              up to 270 s: which libraries are correct, which should be the default, and the tests by each library
+#   second [FAILURES]  up to 320 s: the tests that failed in first, from its failures.txt; compute-sanitizer on our own
+#                      kernels; the benchmark that the goals need
+#   time SUITE...      up to 440 s: further suites, named as for python -m benchmarks --suites
 #
-# Takes the module in build/gpu where it fits (scripts/gpu_build.sh), or builds one, which takes a minute of the first part. Needs
-# a python3 with a CUDA build of torch, pytest, hypothesis and tqdm; to build also nvcc, ninja, pybind11 and setuptools.
-# A step is ended at its limit, and one that fails does not keep the others from running. All of them write as they go.
-# Leaves 8 files at most in OUT_DIR:
+# Uses the module in build/gpu if it matches (scripts/gpu_build.sh), or builds one, which takes a minute of the first
+# part. Needs a python3 with a CUDA build of torch, pytest, hypothesis and tqdm; to build also nvcc, ninja, pybind11 and
+# setuptools. A step is killed at its limit, and a step that fails does not stop the others. All of them write as they
+# go. Leaves at most 8 files in OUT_DIR:
 #
 #   report.txt         build, versions, devices, driver     subset.log, tests*.log   as printed
-#   decision.txt       the winner at each problem, and what the rule makes of it; from decision.json
+#   decision.txt       the winner of each problem, and the rule's verdict; from decision.json
 #   failures.txt       every failed test with its library and traceback
 #   timing.log         the tables       goals.txt   which goals are met, for each variant of ours; from the other JSON files
 #
-# Exits with 0 only if all steps passed; a goal that is missed is no failure.
+# Exits with 0 only if all steps passed; a missed goal is not a failure.
 set -uo pipefail
 . "$(dirname "$0")/gpu_common.sh"
 
@@ -33,7 +33,7 @@ case $part:$# in
   time:[1-9]*) limit=440 ;;
   *) usage ;;
 esac
-failures_of_first= # read before anything is removed: it may lie in OUT_DIR
+failures_of_first= # read before anything is removed, as it may be in OUT_DIR
 if [ "$part:$#" = second:1 ]; then
   [ -r "$1" ] || usage
   failures_of_first=$(grep '^FAILED ' "$1" || true)
@@ -49,7 +49,7 @@ if [ -z "$BLOCKDIAG_COMMIT" ]; then # a copy without its history
 fi
 export BLOCKDIAG_COMMIT FAIL_WITHOUT_CUDA=1 FAIL_WITHOUT_CUDA_BUILD=1 PYTHONUNBUFFERED=1
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
-# Nothing that a user set is to choose for the tests.
+# The user's own settings must not choose for the tests.
 unset BLOCKDIAG_CUDA_GEMM BLOCKDIAG_TUNE
 
 work=${TMPDIR:-/tmp}/blockdiag-gpu-check-$UID
@@ -61,7 +61,7 @@ left() { echo $((limit - SECONDS > 10 ? limit - SECONDS - 5 : 5)); }
 at_most() { echo $(($(left) < $1 ? $(left) : $1)); }
 failed=()
 
-step() { # LIMIT LOG NAME COMMAND...: the end of what it prints is shown
+step() { # LIMIT LOG NAME COMMAND...: shows the end of its output
   printf '== %s (%d s in)\n' "$3" "$SECONDS"
   local from=0
   [ ! -e "$out/$2" ] || from=$(wc -l <"$out/$2")
@@ -70,14 +70,14 @@ step() { # LIMIT LOG NAME COMMAND...: the end of what it prints is shown
   tail -n "+$((from + 2))" "$out/$2" | tail -n 12 | cut -c 1-200
 }
 
-beside() { # LIMIT LOG NAME COMMAND...: in the background; join waits for all of them
+beside() { # LIMIT LOG NAME COMMAND...: runs in the background; join waits for all of them
   rm -f "$work/status-$3"
   (
     timeout --signal=INT --kill-after=5 "$1" "${@:4}" 2>&1 | sed -u "s/^/$3: /" >>"$out/$2"
     echo "${PIPESTATUS[0]}" >"$work/status-$3"
   ) &
 }
-join() { # LOG NAME...: the last line of each
+join() { # LOG NAME...: shows the last line of each
   wait
   local name status
   for name in "${@:2}"; do
@@ -87,7 +87,7 @@ join() { # LOG NAME...: the last line of each
   done
 }
 
-# ---- the module, and where it runs
+# ---- The module, and where it runs
 
 works() { python3 -c "import blockdiag; exit(blockdiag.build_info()['cuda'] == 'none')"; }
 {
@@ -105,7 +105,7 @@ works() { python3 -c "import blockdiag; exit(blockdiag.build_info()['cuda'] == '
 } 2>&1 | tee "$out/report.txt" | tail -n 60
 works 2>/dev/null || exit 1
 
-tests() { # LIMIT LIBRARY LOG PROCESSES ARGUMENT...: what would begin 10 s before the limit or later is skipped
+tests() { # LIMIT LIBRARY LOG PROCESSES ARGUMENT...: skips what would start less than 10 s before the limit
   local processes=()
   ! python3 -c "import xdist" 2>/dev/null || processes=(-n "$4" --dist worksteal)
   DEADLINE=$((EPOCHSECONDS + $1 - 10)) FAILURES=$out/failures.txt BLOCKDIAG_CUDA_GEMM=$2 \
@@ -114,12 +114,12 @@ tests() { # LIMIT LIBRARY LOG PROCESSES ARGUMENT...: what would begin 10 s befor
     "${processes[@]}" "${@:5}"
 }
 
-benchmark() { # SECONDS NAME ARGUMENT...: INT is Ctrl-C, what was measured until then is kept
+benchmark() { # SECONDS NAME ARGUMENT...: INT is Ctrl-C, and keeps what was measured by then
   local minutes
-  minutes=$(python3 -c "print(max($1 - 15, 1) / 60)") # a case or two, and the start
+  minutes=$(python3 -c "print(max($1 - 15, 1) / 60)") # leaves time to start, and for a case or two
   step "$1" timing.log "$2" \
     python3 -m benchmarks --device cuda --rounds 7 --max-minutes "$minutes" --output "$out/$2.json" "${@:3}"
-  [ -s "$out/$2.json" ] || rm -f "$out/$2.json" # killed before it could write
+  [ -s "$out/$2.json" ] || rm -f "$out/$2.json" # killed before it wrote anything
 }
 
 libraries=(cublas cublaslt small_blocks)
@@ -130,7 +130,7 @@ first() {
     beside 45 subset.log "$library" python3 tests/gpu_subset.py "$library"
   done
   join subset.log "${subset[@]}"
-  # What is wrong, or loses the device, would spoil the timing of all others.
+  # A library that is wrong, or loses the device, would spoil the timing of all others.
   right() { [ "$(cat "$work/status-$1")" = 0 ]; }
   right cublas || wrong+=(ours)
   right cublaslt || wrong+=(ours_lt ours_tuned)
@@ -144,7 +144,7 @@ first() {
   python3 -m benchmarks --decide "$out/decision.json" >>"$out/decision.txt" 2>&1
   sed -n '/^of  /,$p' "$out/decision.txt"
 
-  # float64 and complex types are cuBLAS's whatever is chosen, and most of test_cuda.py chooses by itself.
+  # cuBLAS computes float64 and complex types whatever is chosen, and most of test_cuda.py chooses by itself.
   local rest=$(($(left) - 5)) of_op=(tests/test_{linear,random,autocast,memory}.py)
   [ "$rest" -gt 15 ] || rest=15
   tests "$rest" cublas tests-cublas.log 8 tests/test_{linear,cuda,random,autograd}.py tests
@@ -158,8 +158,8 @@ first() {
 }
 
 sanitize() { # LIMIT TOOL
-  # Tensors side by side in torch's cache would hide reads beyond one of them; calls that torch makes to find out what a
-  # driver supports fail as they should. cuBLAS's kernels are NVIDIA's to check.
+  # torch's cache would hide out-of-bounds reads, as tensors lie side by side in it. Calls by which torch probes the
+  # driver fail as they should. cuBLAS's kernels are NVIDIA's to check.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 beside "$1" tests.log "$2" "$sanitizer" --tool "$2" --error-exitcode 9 \
     --report-api-errors no --target-processes application-only --launch-timeout 60 --kernel-name kns=blockdiag \
     python3 tests/gpu_subset.py small_blocks
@@ -189,7 +189,7 @@ second() {
     echo "== not run: there is no compute-sanitizer here" | tee -a "$out/report.txt"
   fi
 
-  # By graphs, who is the fastest; in eager mode what a user waits for, and memory.
+  # CUDA graphs show which is fastest; eager mode shows what a user waits for, and memory.
   benchmark $(($(left) * 6 / 10)) core --modes graph --suites \
     recommender:bfloat16 ensemble:amp-float16 quick:amp-float16
   benchmark $(($(left) * 6 / 10)) eager --modes eager --contestants loop dense ours_lt ours_small --suites \

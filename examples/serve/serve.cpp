@@ -2,7 +2,7 @@
 //
 //   serve PACKAGE INPUTS OUTPUTS
 //
-// INPUTS holds a list of tensors, as torch.save([...]) writes it, and the model is run on each. OUTPUTS gets a tuple of the
+// INPUTS is a list of tensors, as torch.save([...]) writes it; the model is run on each. OUTPUTS becomes a tuple of the
 // results, which torch.load reads.
 #include <blockdiag.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -51,7 +51,7 @@ int main(int argc, char** argv) try {
       throw std::runtime_error(std::string("cannot read ") + path);
     }
   }
-  // The package calls the ops by name. That this program calls anything in libblockdiag makes the linker keep it.
+  // The package calls the ops by name. The linker keeps libblockdiag only if this program calls something in it.
   std::printf("blockdiag %s\n", blockdiag::build_info().at("version").c_str());
   const c10::InferenceMode guard;
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
