@@ -2,6 +2,7 @@
 
 #include "check.h"
 
+#include <ATen/ops/_unsafe_view.h>
 #include <c10/util/Exception.h>
 #include <c10/util/irange.h>
 
@@ -260,8 +261,9 @@ at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stac
   if (stacked == bias_stacked) {
     return sum;
   }
-  return bias_stacked ? sum.view_symint({weight_sizes[0], weight_sizes[1]})
-                      : sum.view_symint({weight_sizes[0] * weight_sizes[1]});
+  // The sum has no other owner, so the view need not be tracked as one.
+  return bias_stacked ? at::_unsafe_view_symint(sum, {weight_sizes[0], weight_sizes[1]})
+                      : at::_unsafe_view_symint(sum, {weight_sizes[0] * weight_sizes[1]});
 }
 
 std::tuple<at::Tensor, at::Tensor> separate_weight_and_bias_grad(
@@ -280,7 +282,10 @@ std::tuple<at::Tensor, at::Tensor> compute_weight_bias_grad(
     return std::move(*grads);
   }
   const bool stacked = is_stacked(input.sym_sizes(), weight_sizes);
-  return {compute(product, backend), bias_grad(grad_output, stacked, /*bias_stacked=*/true, weight_sizes)};
+  auto sum = bias_grad(grad_output, stacked, /*bias_stacked=*/stacked, weight_sizes);
+  const auto& gemm = product.problem.gemm;
+  sum.unsafeGetTensorImpl()->set_sizes_contiguous({gemm.batch, gemm.n}); // a view is a call of the dispatcher
+  return {compute(product, backend), std::move(sum)};
 }
 
 } // namespace blockdiag

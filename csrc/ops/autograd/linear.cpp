@@ -5,6 +5,7 @@
 #include "ops/linear.h"
 #include "function_call.h"
 
+#include <ATen/ops/_unsafe_view.h>
 #include <torch/library.h>
 
 namespace blockdiag {
@@ -60,7 +61,7 @@ struct Linear : torch::autograd::Function<Linear> {
     if (needs_bias_grad && ctx->needs_input_grad(1)) {
       std::tie(grads[1], grads[2]) = linear_weight_bias_grad(grad_output, conj_if_complex(saved[1]), weight_sizes);
       if (!bias_stacked->second.toBool()) {
-        grads[2] = grads[2].view_symint({weight_sizes[0] * weight_sizes[1]});
+        grads[2] = at::_unsafe_view_symint(grads[2], {weight_sizes[0] * weight_sizes[1]});
       }
       return grads;
     }
