@@ -1,4 +1,4 @@
-// The dtypes as torch names them.
+// Conversion from and to torch's dtypes.
 #pragma once
 
 #include "problem/dtype.h"
@@ -17,7 +17,7 @@ constexpr c10::ScalarType scalar_type_of(DType dtype) {
   return kScalarTypes[static_cast<int>(dtype)];
 }
 
-/// Nothing if no op takes it.
+/// Nothing if no op supports it.
 constexpr std::optional<DType> find_dtype(c10::ScalarType type) {
   for (const auto dtype :
        {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64, DType::kComplex64, DType::kComplex128}) {

@@ -1,4 +1,4 @@
-// The element types that problems are of.
+// The element types of problems.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// A vector of floats for AVX2 (and FMA, F16C): the little of it that the microkernels need.
+// A vector of floats for AVX2 (with FMA and F16C): only what the microkernels need.
 #pragma once
 
 #include "cpu/isa/headers.h"
@@ -34,7 +34,7 @@ struct Vector {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(data), bits);
   }
   static void store(Vector vector, c10::BFloat16* data) {
-    // To nearest, ties to even; a NaN, which that could carry into infinity, as one fixed NaN.
+    // Rounds to nearest, ties to even. A NaN becomes one fixed NaN, as rounding could carry it into infinity.
     const __m256i bits = _mm256_castps_si256(vector.value);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));

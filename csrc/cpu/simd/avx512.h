@@ -1,4 +1,4 @@
-// A vector of floats for AVX-512 (F, BW, DQ, VL): the little of it that the microkernels need.
+// A vector of floats for AVX-512 (F, BW, DQ, VL): only what the microkernels need.
 #pragma once
 
 #include "cpu/isa/headers.h"
@@ -70,7 +70,7 @@ struct Vector {
   static __m256i to_half(Vector vector) {
     return _mm512_maskz_cvtps_ph(0xffff, vector.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  /// To nearest, ties to even; a NaN, which that could carry into infinity, as one fixed NaN.
+  /// Rounds to nearest, ties to even. A NaN becomes one fixed NaN, as rounding could carry it into infinity.
   static __m256i to_bfloat16(Vector vector) {
     const __m512i bits = _mm512_castps_si512(vector.value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

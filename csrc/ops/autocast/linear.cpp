@@ -1,5 +1,5 @@
-// Casts the arguments of blockdiag::linear as autocast casts those of torch.nn.functional.linear. The backward ops have no
-// rule here: they run in the dtype of the forward pass, inside an autocast region or outside.
+// Casts the arguments of blockdiag::linear as autocast casts those of torch.nn.functional.linear. The backward ops need
+// no rule: they run in the dtype of the forward pass, inside and outside of autocast regions.
 #include "include/blockdiag.h"
 
 #include <ATen/autocast_mode.h>

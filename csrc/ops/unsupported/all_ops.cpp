@@ -1,4 +1,4 @@
-// Tensors that no op takes, by dispatch key, and what to do instead.
+// Tensors that no op supports, by dispatch key, and the workaround for each.
 #include "ops/schemas.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
