@@ -15,8 +15,8 @@
 namespace blockdiag::cpu {
 namespace {
 
-// cblas_?gemm_batch of https://www.intel.com/content/www/us/en/docs/onemkl/developer-reference-c/2024-2/cblas-gemm-batch.html
-// with the pointers to scalars and matrices untyped.
+// cblas_?gemm_batch with untyped pointers to scalars and matrices:
+// https://www.intel.com/content/www/us/en/docs/onemkl/developer-reference-c/2024-2/cblas-gemm-batch.html
 using MklGemmBatch = void (*)(
     int layout, const int* trans_a, const int* trans_b, const int* m, const int* n, const int* k, const void* alpha,
     const void** a, const int* lda, const void** b, const int* ldb, const void* beta, void** c, const int* ldc,

@@ -1,4 +1,4 @@
-// Copies, kernels, and the functions that torch asks the driver for.
+// Copies, kernels, and the driver functions that torch looks up.
 #include "fake.h"
 
 #include <cxxabi.h>
@@ -29,7 +29,7 @@ std::string name_of(const void* function) {
   return name;
 }
 
-/// No kernel can run here: one that only waits is let pass, and all are where nothing is computed.
+/// No kernel can run here. A spin kernel passes, and with the options that compute nothing all do.
 cudaError_t launch(const void* function, cudaStream_t stream) {
   if (do_nothing) {
     return cudaSuccess;
@@ -62,7 +62,7 @@ cudaError_t copy(void* to, const void* from, size_t size, cudaStream_t stream, b
   return wait ? cudaStreamSynchronize(stream) : cudaSuccess;
 }
 
-// Functions of the driver that nobody fakes: one of these for each, which knows its name.
+// Driver functions that are not faked: one of these for each, which knows its name.
 constexpr size_t kUnfaked = 128;
 std::array<std::string, kUnfaked> unfaked;
 
@@ -83,7 +83,7 @@ using namespace fake;
 
 FAKE_EXPORT cudaError_t
 cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
-  // Pageable host memory is copied before the call returns, or else it waits for the copy.
+  // A copy from pageable host memory ends before the call returns.
   return copy(to, from, size, stream, kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyHostToDevice);
 }
 
@@ -179,7 +179,7 @@ FAKE_EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* block
   return cudaSuccess;
 }
 
-// The driver: this library is libcuda.so.1 too
+// The driver: this library is also libcuda.so.1
 
 FAKE_EXPORT int cuDevicePrimaryCtxGetState(int, unsigned int* flags, int* active) {
   *flags = 0;

@@ -1,4 +1,4 @@
-// Devices and their memory, which is host memory between pages that cannot be touched.
+// Devices and their memory: host memory between guard pages.
 #include "fake.h"
 
 #include <sys/mman.h>
@@ -138,7 +138,7 @@ FAKE_EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int 
   properties->sharedMemPerBlockOptin = 227 << 10;
   properties->sharedMemPerMultiprocessor = 228 << 10;
   properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
-  properties->l2CacheSize = 1 << 20; // little: tuning computes on copies of twice that
+  properties->l2CacheSize = 1 << 20; // small: tuning computes on copies of twice that
   properties->memoryBusWidth = 5120;
   properties->textureAlignment = 512;
   properties->unifiedAddressing = 1;
@@ -176,7 +176,7 @@ FAKE_EXPORT cudaError_t cudaRuntimeGetVersion(int* version) {
   return cudaSuccess;
 }
 
-// Errors are told by what a call returns; none is kept.
+// Errors are only returned; there is no last error.
 FAKE_EXPORT cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }

@@ -1,4 +1,4 @@
-// What small_blocks.cu asks torch for, on the emulated device. Included by emulated_cuda.h.
+// The torch API that small_blocks.cu uses, on the emulated device. Included by emulated_cuda.h.
 #pragma once
 
 #include "emulated_cuda.h"
@@ -19,7 +19,7 @@ inline const DeviceProperties* getCurrentDeviceProperties() {
 
 namespace c10 {
 
-/// A workspace of NaN, which is not an operand any more when it is freed.
+/// A workspace filled with NaN, which is an operand until it is freed.
 class DataPtr {
  public:
   DataPtr() = default;

@@ -1,4 +1,4 @@
-// A backend's choice among its providers. No torch.
+// Selection among a backend's providers. No torch.
 #include "problem/providers.h"
 
 #include <cstdio>
@@ -43,7 +43,7 @@ std::vector<Provider> three() {
   };
 }
 
-/// Who is asked for a problem of this dtype, in order.
+/// The providers asked for a problem of this dtype, in order.
 std::string asked(const Providers& providers, DType dtype) {
   ran.clear();
   require(providers.run({{}, dtype, {}}, {}), "a provider computes it");

@@ -94,7 +94,7 @@ std::optional<Plan> make_plan(cublasLtHandle_t handle, const LtProblem& problem)
     const auto fused = epilogue.bias_grad ? CUBLASLT_EPILOGUE_BGRADB : CUBLASLT_EPILOGUE_BIAS;
     call.set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, fused);
     call.set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE, epilogue.bias_grad ? gemm.n : gemm.m);
-    // The heuristic reads the pointer's alignment: exactly the problem's, so that the plan is independent of the caller.
+    // The heuristic reads the pointer's alignment: exactly the problem's, so that plans do not depend on callers.
     const void* aligned = reinterpret_cast<const void*>(align_bias);
     call.set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, aligned);
   }
