@@ -57,7 +57,7 @@ def load_extension() -> ModuleType:
     if not init.exists() or "blockdiag._load" not in init.read_text(errors="replace"):
         raise ImportError(
             f"{init} is missing, or not of torch-blockdiag. The package index's blockdiag draws diagrams and is "
-            "imported by the same name: to install or to uninstall it damages torch-blockdiag. Uninstall it, and "
+            "imported by the same name: installing or uninstalling it damages torch-blockdiag. Uninstall it, and "
             f"install torch-blockdiag again:\n    pip uninstall blockdiag\n{_rebuild()}"
         )
     try:

@@ -1,4 +1,4 @@
-"""What the documents name exists."""
+"""Names that the documentation mentions exist."""
 
 import re
 from pathlib import Path

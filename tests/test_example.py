@@ -1,4 +1,4 @@
-"""The parts of the examples that their numbers rest on."""
+"""The functions that compute the examples' numbers."""
 
 import re
 import sys

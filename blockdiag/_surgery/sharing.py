@@ -87,6 +87,6 @@ def check_sharing(model: nn.Module, names: Mapping[nn.Module, str]) -> None:
     for (first, tensor), (second, other) in ties(tensors_of(model)):
         if tensor in replaced or other in replaced:
             raise ValueError(
-                f"'{first}' and '{second}' lie in one memory without being one Parameter: make them one, or give one "
+                f"'{first}' and '{second}' share memory without being one Parameter: make them one, or give one "
                 "of them a copy of its own"
             )

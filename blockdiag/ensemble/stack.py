@@ -245,7 +245,7 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
         elif not is_elementwise(module) and type(module) is not nn.Flatten:
             raise ValueError(f"stack_models: '{name}' is a {type(module).__name__}, which cannot be stacked")
     for (first, _), (second, _) in ties(tensors_of(model)):
-        raise ValueError(f"stack_models: '{first}' and '{second}' lie in one memory: give one of them its own")
+        raise ValueError(f"stack_models: '{first}' and '{second}' share memory: give one of them its own")
 
 
 def _split_off_flattening(models: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module, Sequence[nn.Module]]:

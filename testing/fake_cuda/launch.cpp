@@ -42,7 +42,7 @@ cudaError_t launch(const void* function, cudaStream_t stream) {
   }
   log("kernel " + name);
   if (!dry && name.find("spin_kernel") == std::string::npos) {
-    fail("nobody computes the kernel " + name + ": its ATen op has to be computed by aten.py");
+    fail("the kernel " + name + " cannot run: aten.py has to compute its ATen op");
   }
   enqueue(found, 1, [] {});
   return cudaSuccess;

@@ -253,7 +253,7 @@ bool is_consistent(const Product& p) {
 void run(const Product& p, Stream& stream, double cost) {
   const std::string name = p.function;
   if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.batch <= 0) {
-    fail(name + ": a size of 0 is for nobody to compute here");
+    fail(name + ": a size of 0, which must not reach BLAS");
   }
   if (p.a.stride < 0 || p.b.stride < 0 || p.d.stride < 0) {
     fail(name + ": a negative stride");
