@@ -1,4 +1,4 @@
-"""Autocast casts what F.linear's does, on every device and to every dtype."""
+"""Autocast casts the same arguments as for F.linear, on every device and to every dtype."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Configs of compress: their values, budgets beside them, and several in one call."""
+"""Configs of compress: values, budgets, and several in one call."""
 
 import dataclasses
 import warnings

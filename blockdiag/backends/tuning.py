@@ -221,7 +221,7 @@ def _expect(value: object, types: dict[str, type]) -> None:
 
 
 def tune_from_environment() -> None:
-    """Does what the environment variable BLOCKDIAG_TUNE asks for, until the process ends."""
+    """Tunes as the environment variable BLOCKDIAG_TUNE requests, until the process ends."""
     path = os.environ.get("BLOCKDIAG_TUNE")
     # The compiled module outlives a second import of the package, so it remembers whether this was done.
     if path and path not in vars(extension).setdefault("tuning_from_environment", []):

@@ -121,7 +121,7 @@ def test_the_first_algorithm_is_taken(first, algorithm):
 @only_lt
 @pytest.mark.parametrize(("in_block", "algorithm"), [(512, 21), (513, 66)])
 def test_an_algorithm_that_sums_wrongly_is_not_taken(in_block, algorithm):
-    """The fake's algorithm 66 splits k into three parts, and leaves out what they do not cover."""
+    """The fake's algorithm 66 splits k into three parts, and skips the rest."""
     fake.set("heuristic_first", 2)
     tensors = operands(Problem((6,), 3, in_block, 4))
     check(blockdiag.linear, *tensors)
@@ -133,7 +133,7 @@ def test_an_algorithm_that_sums_wrongly_is_not_taken(in_block, algorithm):
     ("muted", "attribute", "first", "algorithm"), [(21, 0, 0, 31), (66, 2, 2, 21), (21, 2, 0, 21)], ids=str
 )
 def test_an_algorithm_without_an_attribute(muted, attribute, first, algorithm):
-    """Neither an algorithm without an ID is taken nor a 66 without its number of splits; no call fails."""
+    """An algorithm without an ID is skipped, and so is a 66 without its number of splits; no call fails."""
     fake.set(f"mute_{muted}", attribute + 1)
     fake.set("heuristic_first", first)
     tensors = operands(problem())

@@ -1,4 +1,4 @@
-// What the choice of a cuBLASLt algorithm depends on. Independent of CUDA and torch: tested on a CPU.
+// The key to the choice of a cuBLASLt algorithm. Independent of CUDA and torch: tested on a CPU.
 #pragma once
 
 #include "problem/gemm.h"

@@ -31,7 +31,7 @@ constexpr std::array kUnsupported = {
     Unsupported{DispatchKey::QuantizedCPU, kToDense},
     Unsupported{DispatchKey::QuantizedCUDA, kToDense},
     Unsupported{DispatchKey::MkldnnCPU, kToDense},
-    // Before autograd, which asks for sizes that nested tensors do not have.
+    // Before autograd, which queries sizes that nested tensors do not have.
     Unsupported{DispatchKey::AutogradNestedTensor, kToDense},
     Unsupported{DispatchKey::NestedTensorCPU, kToDense},
     Unsupported{DispatchKey::NestedTensorCUDA, kToDense},
