@@ -1,4 +1,4 @@
-"""``python -m blockdiag``: the environment report that a bug report needs."""
+"""``python -m blockdiag``: an environment report for bug reports."""
 
 import importlib
 import importlib.metadata
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def _cpu_name() -> str:
-    """The processor as Linux names it, or as Python does elsewhere."""
+    """The processor's name, from Linux or else from Python."""
     try:
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -19,7 +19,7 @@ def _cpu_name() -> str:
 
 
 def _version_of(distribution: str) -> str:
-    """The version that is installed. What a build left in the source folder is no installation."""
+    """The installed version. Metadata that a build left in the source folder does not count."""
     found = importlib.metadata.distributions(name=distribution)
     versions = (each.version for each in found if not Path(str(each.locate_file("setup.py"))).exists())
     return next(versions, "none")
@@ -41,7 +41,7 @@ def _machine() -> dict[str, str]:
 
 
 def _report_without_import() -> dict[str, str]:
-    """What can be said without torch, and without the compiled module."""
+    """The part of the report that needs neither torch nor the compiled module."""
     modules = []
     for path in sorted(Path(__file__).parent.glob("_C*")):
         built = re.search(rb"blockdiag was built for torch ([0-9.]+)", path.read_bytes())
@@ -56,12 +56,12 @@ def _report_without_import() -> dict[str, str]:
 
 
 def report() -> dict[str, str]:
-    """What blockdiag was built with and what it finds here, by name.
+    """What blockdiag was built with and what it finds at run time, by name.
 
     Raises:
         ImportError: the package cannot be imported.
     """
-    # Not at the top: main() reports that it cannot be imported.
+    # Not at the top: main() reports a failing import.
     built = importlib.import_module("blockdiag._load").extension.build_info()
     import torch
 
@@ -98,7 +98,7 @@ def report() -> dict[str, str]:
 
 
 def main(problem: ImportError | None = None) -> int:
-    """Prints the report, or what can be said where the package cannot be imported; returns the exit status."""
+    """Prints the report, or as much as possible if the package cannot be imported. Returns the exit status."""
     if problem is None:
         try:
             lines = report()

@@ -1,4 +1,4 @@
-"""Loads the compiled part of the package, and says in plain words why it cannot be loaded."""
+"""Loads the compiled part of the package, and explains a failure to load it."""
 
 import importlib
 import importlib.machinery
@@ -10,14 +10,14 @@ from pathlib import Path
 from types import ModuleType
 
 _PACKAGE = Path(__file__).parent
-_SOURCES = _PACKAGE.parent  # if it is not an installed package
+_SOURCES = _PACKAGE.parent  # unless the package is installed
 
 
 def _rebuild() -> str:
-    """How to build this package again."""
-    if _is_source_folder():  # where the module lies beside the sources, and an installed package would not be found
+    """How to rebuild this package."""
+    if _is_source_folder():  # the module is beside the sources, which hide an installed package
         return f"In blockdiag's source folder, {_SOURCES}:\n    pip install --no-build-isolation --no-deps --editable ."
-    # pip may keep the wheel that it built for another torch.
+    # pip may cache the wheel that it built for another torch.
     options = "--no-build-isolation --no-cache-dir --force-reinstall --no-deps"
     return (
         f"In blockdiag's source folder:\n    pip install {options} .\n"
@@ -30,7 +30,7 @@ def _is_source_folder() -> bool:
 
 
 def compiled_module(package: Path = _PACKAGE) -> Path | None:
-    """The file of a package's compiled module for this Python."""
+    """The path of a package's compiled module for this Python."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     return next((path for suffix in suffixes for path in package.glob(f"_C{suffix}")), None)
 
@@ -42,7 +42,7 @@ def built_for(module: Path) -> str | None:
 
 
 def _installed_package() -> Path | None:
-    """A complete package behind the source folder on sys.path, if this is the source folder."""
+    """A complete package after the source folder on sys.path, if this is the source folder."""
     packages = [Path(entry, "blockdiag").resolve() for entry in sys.path] if _is_source_folder() else []
     return next((path for path in packages if path != _PACKAGE.resolve() and compiled_module(path)), None)
 
@@ -51,13 +51,13 @@ def load_extension() -> ModuleType:
     """Imports blockdiag._C, which registers ``torch.ops.blockdiag``.
 
     Raises:
-        ImportError: torch or the compiled module is missing, or they do not match. The message says what to do.
+        ImportError: torch or the compiled module is missing, or they do not match. The message explains the fix.
     """
     init = _PACKAGE / "__init__.py"
     if not init.exists() or "blockdiag._load" not in init.read_text(errors="replace"):
         raise ImportError(
             f"{init} is missing, or not of torch-blockdiag. The package index's blockdiag draws diagrams and is "
-            "imported by the same name: to install or to uninstall it damages torch-blockdiag. Uninstall it, and "
+            "imported by the same name: installing or uninstalling it damages torch-blockdiag. Uninstall it, and "
             f"install torch-blockdiag again:\n    pip uninstall blockdiag\n{_rebuild()}"
         )
     try:
@@ -82,7 +82,7 @@ def load_extension() -> ModuleType:
             f"blockdiag's compiled module is missing from {_PACKAGE}: it was not built, or built for another Python. "
             f"Build it. {_rebuild()}"
         )
-    # Before it is loaded: a module built for another torch may crash rather than fail to load.
+    # Checked before loading: a module built for another torch may crash rather than fail to load.
     built = built_for(module)
     if built and _release(built) != _release(torch.__version__):
         raise ImportError(
@@ -101,18 +101,18 @@ def load_extension() -> ModuleType:
 
 
 def _release(version: str) -> tuple[str, ...]:
-    """("2", "13") of "2.13.0+cpu": the part of a torch version that fixes the interface of compiled code."""
+    """("2", "13") for "2.13.0+cpu": the part of a torch version that determines its ABI."""
     return tuple(version.split(".")[:2])
 
 
 def _report_is_asked_for() -> bool:
-    """Whether ``python -m blockdiag`` runs: Python imports the package first, with "-m" for the program's name."""
+    """Whether ``python -m blockdiag`` runs: Python first imports the package, with "-m" as the program's name."""
     asked = sys.argv[:1] == ["-m"] and re.fullmatch(r"(-\w*m)?blockdiag(\.__main__)?", sys.orig_argv[-len(sys.argv)])
     return bool(asked)
 
 
 def _report(problem: ImportError) -> int:
-    """The report where the package cannot be imported: of the installed one, where the source folder hides it."""
+    """The report if the package cannot be imported: for the installed one, if the source folder hides it."""
     installed = None if compiled_module() else _installed_package()
     if installed is None:
         from blockdiag.__main__ import main

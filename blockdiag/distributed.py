@@ -1,4 +1,4 @@
-"""The layer over several processes: a style for tensor parallelism by blocks, and placements for FSDP.
+"""Distributed training: a style for tensor parallelism by blocks, and placements for FSDP.
 
 The blocks are independent, so a layer whose weight and bias are sharded over their first dimension, and whose
 concatenated activations are sharded over their last one, needs no communication at all. Importing this module registers
@@ -22,16 +22,16 @@ register_sharding_rules()
 
 
 def shard_placement(world_size: int) -> Callable[[nn.Parameter], Shard]:
-    """For :func:`torch.distributed.fsdp.fully_shard`: spreads parameters where there are fewer blocks than ranks.
+    """A placement for :func:`torch.distributed.fsdp.fully_shard` with fewer blocks than ranks.
 
-    Sharded over its blocks, as it is by default, a weight of 2 blocks leaves all but 2 ranks empty.
+    The default shards a weight over its blocks: 2 blocks leave all but 2 ranks empty.
 
     Args:
-        world_size: the number of ranks that a parameter is sharded over.
+        world_size: the number of ranks to shard parameters over.
 
     Returns:
-        A ``shard_placement_fn``: the first dimension of a parameter that is a multiple of `world_size`; the first of
-        all if there is none.
+        A ``shard_placement_fn``: shards the first dimension of a parameter that is a multiple of `world_size`, or else
+        dimension 0.
 
     Example::
 
@@ -49,22 +49,22 @@ def shard_placement(world_size: int) -> Callable[[nn.Parameter], Shard]:
 
 
 class BlockParallel(ParallelStyle):
-    """Splits a :class:`~blockdiag.BlockDiagLinear`, permuted or not, by blocks over a device mesh of one dimension.
+    """Splits a :class:`~blockdiag.BlockDiagLinear`, permuted or not, by blocks over a one-dimensional device mesh.
 
-    For :func:`torch.distributed.tensor.parallel.parallelize_module`. Weight and bias are sharded over the blocks, and
-    so are the features of input and output. Consecutive layers of one number of blocks, with pointwise functions
-    between them, exchange nothing between their processes.
+    For :func:`torch.distributed.tensor.parallel.parallelize_module`. Weight, bias, and the features of input and
+    output are sharded over the blocks. Consecutive layers with equal numbers of blocks and pointwise functions between
+    them need no communication.
 
     Args:
-        input_layouts: placement of inputs that are not DTensors. Default: ``Replicate()``. Inputs of another placement
-            than by blocks are redistributed.
-        output_layouts: placement of the output. Default: by blocks, as it is computed: ``Shard(-1)`` if concatenated,
-            ``Shard(-2)`` if stacked.
+        input_layouts: placement of inputs that are not DTensors. Default: ``Replicate()``. Inputs that are not sharded
+            by blocks are redistributed.
+        output_layouts: placement of the output. Default: by blocks, without communication: ``Shard(-1)`` if
+            concatenated, ``Shard(-2)`` if stacked.
         use_local_output: whether to return the local part as a plain tensor. Default: ``True``.
 
     Raises:
         TypeError: the module is neither a BlockDiagLinear nor a PermutedBlockDiagLinear.
-        ValueError: the number of blocks is no multiple of the mesh's size.
+        ValueError: the number of blocks is not a multiple of the mesh's size.
 
     Example::
 
@@ -76,7 +76,7 @@ class BlockParallel(ParallelStyle):
         >>> from torch.distributed.tensor.parallel import parallelize_module
         >>> from blockdiag import BlockDiagLinear
         >>> from blockdiag.distributed import BlockParallel
-        >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # torchrun starts more
+        >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # torchrun starts several
         >>> mesh = init_device_mesh("cpu", (1,))
         >>> model = nn.Sequential(BlockDiagLinear(512, 512, 8), nn.ReLU(), BlockDiagLinear(512, 80, 8))
         >>> styles = {"0": BlockParallel(), "2": BlockParallel(input_layouts=Shard(-1), output_layouts=Replicate())}

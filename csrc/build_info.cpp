@@ -12,8 +12,7 @@
 
 namespace blockdiag {
 
-// The Python package reads this string out of the compiled module before it loads it, to name both versions where they do
-// not match.
+// The Python package reads this string before it loads the compiled module, to name both versions on a mismatch.
 extern const char kBuiltForTorch[];
 const char kBuiltForTorch[] = "blockdiag was built for torch " TORCH_VERSION;
 

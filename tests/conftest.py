@@ -1,10 +1,10 @@
 """Devices: every test that takes `device` runs on the CPU, and on CUDA if there is a GPU and a CUDA build.
 
-FAIL_WITHOUT_CUDA=1 says that a GPU is expected: then a test that would be skipped for want of one fails.
-FAIL_WITHOUT_CUDA_BUILD=1 says the same of a build with CUDA.
+FAIL_WITHOUT_CUDA=1 means that a GPU is expected: tests fail instead of being skipped because there is no GPU.
+FAIL_WITHOUT_CUDA_BUILD=1 means the same for a build with CUDA.
 
-For scripts/gpu_check.sh, whose time is short: FAILURES=FILE has each failure appended to it at once; RERUN=FILE runs
-those that such a file names for this library alone; DEADLINE=SECONDS, of the epoch, skips what would begin after that.
+For scripts/gpu_check.sh, whose time is limited: FAILURES=FILE appends each failure to a file at once; RERUN=FILE runs
+only the tests that such a file names for this library; DEADLINE=SECONDS, since the epoch, skips tests after that time.
 """
 
 import os
@@ -22,7 +22,7 @@ def _failed_line(nodeid: str) -> str:
 
 def pytest_runtest_logreport(report: pytest.TestReport | pytest.CollectReport) -> None:
     path = os.environ.get("FAILURES")
-    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # the workers' controller has all reports
+    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # the workers' controller sees all reports
         traceback = "".join(f"    {line}\n" for line in report.longreprtext.splitlines()[-30:])
         with open(path, "a") as file:
             file.write(f"{_failed_line(report.nodeid)}\n{traceback}")
@@ -40,12 +40,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _leave_a_lost_device() -> None:
-    """After some errors of a GPU every call of the process fails: no other test is to fail for them."""
+    """After some GPU errors every call of the process fails: ends it, so that no other test fails."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
         if "PYTEST_XDIST_WORKER" in os.environ:
-            os._exit(1)  # another worker goes on
+            os._exit(1)  # another worker continues
         pytest.exit("the GPU is lost to this process", returncode=3)
 
 
@@ -89,14 +89,14 @@ def cuda() -> str:
 
 @pytest.fixture(autouse=True)
 def _seeded_and_strict():
-    """Same random numbers in every run, NaN in memory that an op leaves unwritten, full precision on a GPU."""
+    """Fixes random seeds, fills unwritten memory with NaN, and sets full precision on a GPU."""
     if time.time() > float(os.environ.get("DEADLINE", "inf")):
         pytest.skip("out of time")
     torch.manual_seed(0)
     matmul = torch.backends.cuda.matmul
     flags = (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction)
     matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
-    # For convolutions that results are compared with: unlike for products, TF32 is on by default.
+    # Reference convolutions: unlike for products, TF32 is on by default.
     cudnn_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     # In deterministic mode torch.empty fills what it allocates with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""Every public module: those that the package exports, and those that its conversions return."""
+"""Every public module: exported by the package, or returned by its conversions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,8 +28,8 @@ def _stacked(**options: Any) -> nn.Module:
 
 
 def _compressed(**options: Any) -> nn.Module:
-    """A compressed model, to be traced, scripted and exported as a whole."""
-    with torch.device("cpu"):  # a model without values is not converted
+    """A compressed model, to trace, script and export as a whole."""
+    with torch.device("cpu"):  # a model on the meta device cannot be converted
         model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
         low_rank, monarch = blockdiag.LowRank(rank=2, min_features=1), blockdiag.Monarch(min_features=1)
         configs = {"0": blockdiag.BlockDiagonal(2), "2": low_rank, "4": monarch}
@@ -79,7 +79,7 @@ CASES = {
 
 
 def initialized(case: Case, **options: Any) -> nn.Module:
-    """One in eval mode, whose values are all defined: SplitAttention is made to be filled."""
+    """A module in eval mode with all values defined: SplitAttention starts uninitialized."""
     module = case.make(**options).eval()
     for parameter in module.parameters():
         if not parameter.is_meta:
@@ -88,5 +88,5 @@ def initialized(case: Case, **options: Any) -> nn.Module:
 
 
 def first(output: Any) -> Tensor:
-    """The output; that of attention without its weights."""
+    """The output; for attention, without the attention weights."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,7 +1,7 @@
-"""A few layers forward and backward on a GPU by each library, compared with the reference: what compute-sanitizer runs.
+"""A few layers, forward and backward, on a GPU with each library, against the reference: for compute-sanitizer.
 
-Blocks that fill no tile, one block, one row, a batch that is summed in parts, and a bias that starts where no vector
-does; few and small, as each kernel runs many times slower there.
+Blocks smaller than a tile, one block, one row, a batch summed in parts, and a bias that is not aligned to vectors. Few
+and small, as kernels run many times slower there.
 
 Run: PYTHONPATH=. python tests/gpu_subset.py [small_blocks] [cublas] [cublaslt] [tuned]
 """
@@ -13,7 +13,7 @@ import torch
 import blockdiag
 from reference import Problem, check, make, problem_id
 
-# Of our own first, and last what takes longest: there may be a time limit.
+# Our own kernels first, the slowest last: there may be a time limit.
 LIBRARIES = ("small_blocks", "cublas", "cublaslt", "tuned")
 PROBLEMS = [
     Problem((128,), 4, 64, 64),
@@ -26,7 +26,7 @@ PROBLEMS = [
 
 
 def run_all(problems: list[Problem], dtypes: tuple[torch.dtype, ...]) -> int:
-    """Returns how many layers were checked."""
+    """Returns the number of layers checked."""
     checked = 0
     for problem in problems:
         print(problem_id(problem), file=sys.stderr, flush=True)
@@ -45,7 +45,7 @@ def run_library(name: str) -> int:
         blockdiag.backends.cuda.preferred_blas_library(name)
         halves = (torch.float16, torch.bfloat16)
         return run_all(PROBLEMS, halves if name == "small_blocks" else (*halves, torch.float32))
-    # Up to 16 algorithms for each product: two layers are enough.
+    # Up to 16 algorithms per product: two layers are enough.
     blockdiag.backends.cuda.preferred_blas_library("cublaslt")
     with blockdiag.backends.tune():
         return run_all([PROBLEMS[0], PROBLEMS[4]], (torch.float16,))

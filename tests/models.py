@@ -1,4 +1,4 @@
-"""Models to convert, shared by the tests of conversion."""
+"""Models to convert, shared by the conversion tests."""
 
 import itertools
 
@@ -14,7 +14,7 @@ def mlp(*sizes, bias=True, dtype=torch.float64):
 
 
 def hidden_blocks(num_blocks, out_features, in_features, permute):
-    """A linear layer whose weight is block diagonal, in an order that nobody knows."""
+    """A linear layer whose weight is block diagonal after hidden permutations."""
     blocks = [torch.randn(out_features // num_blocks, in_features // num_blocks) for _ in range(num_blocks)]
     linear = nn.Linear(in_features, out_features, dtype=torch.float64)
     weight = torch.block_diag(*blocks)

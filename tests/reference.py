@@ -1,6 +1,6 @@
-"""What the op is compared with: the definition, written out in double precision, and how far it may be off.
+"""The reference: the op's definition in double precision, and the tolerances.
 
-Shared by all tests: the reference, the tolerances, the shapes and the dtypes.
+Shared by all tests, with the shapes and the dtypes.
 """
 
 from typing import NamedTuple
@@ -13,16 +13,16 @@ DTYPES = [*REAL_DTYPES, torch.complex64, torch.complex128]
 
 
 class Tolerance(NamedTuple):
-    """Unit roundoffs of one dtype: of its results, and of the arithmetic that sums up the products."""
+    """Unit roundoffs of one dtype: of its results, and of the accumulation."""
 
     result: float
     accumulation: float
 
 
-# The one table of tolerances. It rests on the error bound of a dot product of length k in any order of summation,
+# The one table of tolerances, from the error bound of a dot product of length k in any order of summation,
 # |error| <= k u sum(|x||w|) (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1), with u the
 # unit roundoff of the accumulation, float32 for the half types, plus one rounding of the result to its dtype. Nothing
-# is measured or fitted; `_SLACK` covers that a complex product is four real ones, and that bias and product are added.
+# is measured or fitted. `_SLACK` covers the four real products of a complex one, and the addition of the bias.
 TOLERANCES = {
     torch.float16: Tolerance(result=2**-11, accumulation=2**-24),
     torch.bfloat16: Tolerance(result=2**-8, accumulation=2**-24),
@@ -65,7 +65,7 @@ PROBLEMS = [
     Problem((), 4, 6, 2),  # no leading dimensions
     Problem((2, 3, 4), 2, 9, 10),
     Problem((19,), 1, 31, 29),  # one block: a plain linear layer
-    Problem((5000,), 2, 3, 4),  # large batch
+    Problem((5000,), 2, 3, 4),  # a large batch
     Problem((4,), 97, 2, 3),  # many tiny blocks
     Problem((2,), 70000, 1, 2),  # more blocks than a CUDA grid's last dimension
     Problem((9,), 2, 300, 270),  # larger than a tile
@@ -92,7 +92,7 @@ def is_stacked(input: Tensor, weight: Tensor) -> bool:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition, product by product: differentiable, in the dtype of its arguments."""
+    """The definition, block by block: differentiable, in the dtype of its arguments."""
     num_blocks, out_block, in_block = weight.shape
     stacked = is_stacked(input, weight)
     leading = input.shape[: -2 if stacked else -1]
@@ -113,7 +113,7 @@ def make(problem: Problem, dtype: torch.dtype, device: str, *, stacked: bool = F
 
 
 def _wide(tensor: Tensor | None) -> Tensor | None:
-    """A copy in double precision on the CPU, cut off from autograd."""
+    """A detached copy in double precision on the CPU."""
     if tensor is None:
         return None
     wide = torch.complex128 if tensor.is_complex() else torch.float64
@@ -121,14 +121,14 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
 
 
 def _assert_within(name: str, actual: Tensor, expected: Tensor, magnitude: Tensor, length: int, dtype: torch.dtype):
-    """|actual - expected| is within the bound; `magnitude` is the sum of |products|, `length` how many there are."""
+    """Asserts |actual - expected| <= bound; `magnitude` is the sum of |products|, `length` their number."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.dtype == dtype, f"{name}: {actual.dtype}, expected {dtype}"
     if actual.numel() == 0:
         return
     tolerance = TOLERANCES[dtype]
     bound = _SLACK * (tolerance.result * expected.abs() + (length + 1) * tolerance.accumulation * magnitude)
-    # The smallest numbers of a dtype have no relative precision.
+    # Subnormal numbers lack relative precision.
     bound = bound + torch.finfo(dtype).smallest_normal
     error = (_wide(actual.detach()) - expected).abs()
     worst = int((error / bound).nan_to_num(torch.inf).argmax())
@@ -139,7 +139,7 @@ def _assert_within(name: str, actual: Tensor, expected: Tensor, magnitude: Tenso
 
 
 def check(op, input: Tensor, weight: Tensor, bias: Tensor | None = None, grad_output: Tensor | None = None) -> Tensor:
-    """Runs `op` and, if there is a `grad_output`, its backward pass; compares all results with the reference.
+    """Runs `op` and, given a `grad_output`, its backward pass; compares all results with the reference.
 
     Returns the output of `op`.
     """

@@ -14,7 +14,7 @@ from every_module import CASES, first, initialized
 
 ops = torch.ops.blockdiag
 
-# Leading dimensions and sizes where a sum, a view or an expansion may have nothing to do.
+# Leading dimensions and sizes for which a sum, a view or an expansion may be a no-op.
 LEADING = [(), (1,), (3,), (1, 1), (2, 1), (0,)]
 SIZES = [(2, 5, 3), (1, 5, 3), (2, 1, 1), (1, 1, 1)]
 
@@ -24,7 +24,7 @@ def storages(*tensors):
 
 
 def assert_own_memory(results, arguments):
-    """Each result has memory of its own, in which it lies without overlap."""
+    """Each result owns its memory, without overlap."""
     mine, theirs = storages(*results), storages(*arguments)
     assert len(set(mine)) == len(mine)
     assert not set(mine) & set(theirs)
@@ -72,7 +72,7 @@ def test_gradients(leading, sizes, stacked, bias_stacked):
     grad = torch.randn_like(output).requires_grad_()
     grads = torch.autograd.grad(output, tensors, grad, create_graph=True)
     assert_own_memory([g.detach() for g in (output, *grads)], [t.detach() for t in (*tensors, grad)])
-    # Of the bilinear parts: that of the bias alone is torch's own sum.
+    # Of the bilinear parts only: the bias gradient alone is torch's own sum.
     directions = [torch.randn_like(g) for g in grads[:2]]
     second = torch.autograd.grad(grads[:2], [*tensors[:2], grad], directions)
     assert_own_memory(second, [t.detach() for t in (*tensors, grad, *directions, *grads)])
@@ -81,7 +81,7 @@ def test_gradients(leading, sizes, stacked, bias_stacked):
 @every_problem
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_tangents(leading, sizes, stacked, bias_stacked, requires_grad):
-    """For tangents of any subset of the arguments, one of them zero, given as one that takes no memory too."""
+    """For tangents of any subset of the arguments, including zeros."""
     tensors = arguments_of(leading, sizes, stacked, bias_stacked)
     for chosen in itertools.product((None, "random", "zero"), repeat=3):
         if not any(chosen):
@@ -120,7 +120,7 @@ def test_an_in_place_operation_leaves_the_tangent_of_the_bias(leading):
 
 
 def test_a_zero_tangent_of_the_bias():
-    """torch's own, which has no memory: that of a view of a tensor without one, for example."""
+    """A zero tangent of torch's own, which has no memory: for example, of a view of a tensor without a tangent."""
     x, weight, bias = arguments_of((1,), (1, 3, 4), False, False)
     zero = torch._efficientzerotensor(bias.shape, dtype=bias.dtype)
     with forward_ad.dual_level():
@@ -141,7 +141,7 @@ def test_vmap(in_dims, leading):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("training", [False, True])
 def test_modules(case, training):
-    """With one row: their outputs, and in forward mode those outputs' tangents, for one parameter's tangent alone."""
+    """With one row: outputs, and in forward mode their tangents, for the tangent of a single parameter."""
     module, inputs = initialized(case).train(training), case.inputs(2 if training else 1)
     state = [*module.parameters(), *module.buffers()]
     if not training:
@@ -171,7 +171,7 @@ def test_modules(case, training):
 )
 @pytest.mark.parametrize("num_models", [1, 3])
 def test_stacked_models(layers, num_models):
-    """Also where no layer of theirs computes, or the first works in place."""
+    """Also if no layer computes, or the first is in-place."""
     models = [nn.Sequential(*layers()).eval() for _ in range(num_models)]
     x = torch.randn(2, 4)
     expected = torch.stack([model(x.clone()) for model in models])
@@ -182,7 +182,7 @@ def test_stacked_models(layers, num_models):
 
 
 def test_only_what_is_needed_is_copied():
-    """A stacked model whose first layer computes reads its input where it lies."""
+    """A stacked model whose first layer computes does not copy its input."""
     model = stack_models([nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)).eval() for _ in range(3)])
     seen = []
     model.stacked[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))

@@ -1,4 +1,4 @@
-"""Models converted alike have one structure, whatever their values: checkpoints load, folding needs no global state."""
+"""Equal conversions give equal structures, whatever the values: checkpoints load, folding needs no global state."""
 
 import copy
 import itertools
@@ -17,7 +17,7 @@ ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.Identity, lambda: nn.Dropout(0.1), lambda: n
 
 
 def random_model(seed):
-    """A small model with its configuration of a conversion; the same seed gives the same, of other values each time."""
+    """A small model and a conversion config, both determined by the seed; the values are new each time."""
     draw = random.Random(seed)
     sizes = [draw.choice([4, 8, 12]) for _ in range(draw.randint(2, 6))]
     layers = []
@@ -32,7 +32,7 @@ def random_model(seed):
 
 
 def special(model, seed):
-    """Values that leave nothing to permute, or nothing at all: blocks, zeros, one row many times."""
+    """Degenerate values: zeros, identity matrices, repeated rows."""
     with torch.no_grad():
         for parameter in model.parameters():
             if seed % 3 == 0:
@@ -65,7 +65,7 @@ def test_checkpoints_of_models_converted_alike(seed):
 
 
 class Gated(nn.Module):
-    """A forward that goes by values: nothing can be said of it that holds for other values."""
+    """A forward that depends on values: a trace would not hold for other values."""
 
     def __init__(self, gate):
         super().__init__()
@@ -82,7 +82,7 @@ def test_what_depends_on_values_is_not_folded():
     assert list(states[0]) == list(states[1])
     assert "up.output_permutation" in states[0]
     head = mlp(8, 8, 4)
-    head[2].weight.data[0, 0] = torch.nan  # of a neighbor values do not matter
+    head[2].weight.data[0, 0] = torch.nan  # a neighbor's values do not matter
     new, _ = compress(head, BlockDiagonal(2, permute=True), "0", progress=False)
     assert new[0].output_permutation is None
 
@@ -99,7 +99,7 @@ class Keeps(nn.Module):
 
 
 def test_nothing_is_folded_where_somebody_sees_the_features():
-    """What a forward keeps, and what the hook of a container sees, has its features in the order it had."""
+    """Values that a forward keeps, and that a container's hook observes, keep the order of their features."""
     kept = Keeps()
     hooked = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 8))
     hooked[0].register_forward_hook(lambda *_: None)
@@ -107,13 +107,13 @@ def test_nothing_is_folded_where_somebody_sees_the_features():
         new, _ = compress(model, BlockDiagonal(4, permute=True), progress=False)
         assert new.get_submodule(first).output_permutation is not None
     hooked[0]._forward_hooks.clear()
-    hooked.register_forward_hook(lambda *_: None)  # sees inputs and outputs, which stay
+    hooked.register_forward_hook(lambda *_: None)  # observes inputs and outputs, which stay
     new, _ = compress(hooked, BlockDiagonal(4, permute=True), progress=False)
     assert new[0][0].output_permutation is None
 
 
 class Positions(nn.Module):
-    """Parameters and constants of its own, which do not stand in folding's way."""
+    """A module with its own parameters and constants, which do not prevent folding."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ def test_folded_beside_parameters_buffers_and_compiled_code(training, compiled):
 
 
 def test_a_model_served_beside_conversions():
-    """By threads that call, draw on and read another model, of which a conversion knows nothing."""
+    """Other threads call and read another model and draw random numbers during conversions."""
     served, x, errors, done = mlp(8, 8, 8), torch.randn(4, 8, dtype=torch.float64), [], threading.Event()
     expected = served(x).detach()
     calls = [nn.Module.__call__, nn.Module.__getattr__]

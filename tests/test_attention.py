@@ -1,4 +1,4 @@
-"""split_attention: the same outputs for all arguments, and projections that are converted as other layers."""
+"""split_attention: the same outputs for all arguments, and projections that convert like other layers."""
 
 import copy
 import itertools
@@ -51,7 +51,7 @@ def test_computes_the_same(options, batch_first, device):
 
 
 def test_training_goes_on():
-    """All of the optimizer's state maps: the next steps are those that would have been."""
+    """All of the optimizer's state maps: the next steps are the same as without the conversion."""
     model = make({}, True)
     split = copy.deepcopy(model)
     x = torch.randn(BATCH, QUERIES, 16, dtype=torch.float64)

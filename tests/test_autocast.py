@@ -1,4 +1,4 @@
-"""Autocast casts what F.linear's does, on every device and to every dtype."""
+"""Autocast casts the same arguments as for F.linear, on every device and to every dtype."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ HALVES = [torch.float16, torch.bfloat16]
 
 
 def close(actual, expected, dtype):
-    """Equal to a few roundings of `dtype`: both sides compute in it, but need not round in the same order."""
+    """Equal up to a few roundings of `dtype`: both sides compute in it, but may round in different orders."""
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
@@ -35,7 +35,7 @@ def test_forward_inside_backward_outside(stacked, dtype, device):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_mixed_dtypes_are_cast_to_one(dtype, device):
-    """Half activations into a float32 layer, and half weights with float32 activations: both usual under autocast."""
+    """Half activations with float32 weights, and half weights with float32 activations: both common under autocast."""
     input, weight, bias = (tensor.detach() for tensor in make(Problem((16,), 4, 8, 6), torch.float32, device))
     expected = blockdiag.linear(input.to(dtype), weight.to(dtype), bias.to(dtype))
     with torch.autocast(device, dtype=dtype):

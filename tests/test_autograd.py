@@ -1,4 +1,4 @@
-"""Gradients: every order, any subset, and what is kept for them."""
+"""Gradients: every order, any subset, and the tensors saved for them."""
 
 import itertools
 import weakref
@@ -86,7 +86,7 @@ def test_third_order(device):
 
 
 def test_saves_only_input_and_weight_and_only_where_needed(device):
-    """F.linear keeps the input only for the weight's gradient, and the weight only for the input's: so do we."""
+    """As in F.linear, the input is kept only for the weight's gradient, and the weight only for the input's."""
     saved = []
     for input_grad, weight_grad in itertools.product([False, True], repeat=2):
         input, weight, bias = make(Problem((3,), 2, 3, 4), torch.float32, device)
@@ -134,7 +134,7 @@ def test_no_grad_and_inference_mode(device):
 @pytest.mark.parametrize("bias", ["flat", "stacked"])
 @pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
 def test_gradients_share_no_memory_with_the_incoming_gradient(stacked, bias, device):
-    """Without leading dimensions there is nothing to sum for the bias, and its gradient is a copy."""
+    """Without leading dimensions there is nothing to sum: the bias gradient is a copy."""
     arguments = make(Problem((), 2, 3, 4), torch.float32, device, stacked=stacked, bias=bias)
     output = blockdiag.linear(*arguments)
     grad_output = torch.randn_like(output)

@@ -15,7 +15,7 @@ from benchmarks.timing import measure
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The command line on small problems: makes a result, and returns its path."""
+    """Runs the command line on small problems, and returns the path of the result."""
     suites = make_suites("cpu")
     problems = [PROBLEM, SQUARE]
     tiny_suites = {name: suite._replace(problems=problems) for name, suite in suites.items()}
@@ -134,7 +134,7 @@ def test_suites_have_precisions_of_their_own(tiny, tmp_path):
     path = tmp_path / "run.json"
     assert tiny(path, "--suites", "small", "quick:bfloat16,float32", "--passes", "fwd", "--contestants", "loop") == 0
     measured = [(case["suite"], case["precision"]) for case in runs.load(path)["cases"]]
-    # As given, the most telling first; both problems of each.
+    # In the given order, the most telling first; both problems of each.
     assert list(dict.fromkeys(measured)) == [("small", "float32"), ("quick", "bfloat16"), ("quick", "float32")]
 
 

@@ -1,4 +1,4 @@
-"""What a result says of the library that is to compute on a GPU: on results made up."""
+"""Choosing a GPU library by a result: on synthetic results."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_small_blocks_stay_where_they_gain_enough():
         case(16, ours_lt=2, ours_small=1),
         case(32, ours_lt=1.2, ours_small=1),
         case(64, ours_lt=1.31, ours_small=1),
-        case(128, ours_lt=1, ours_small=10),  # not computed by them
+        case(128, ours_lt=1, ours_small=10),  # ours_small does not compute it
     ]
     assert verdict(cases, "small_blocks / cublaslt up to 16") == ["keep"]
     assert verdict(cases, "small_blocks / cublaslt up to 32") == ["drop"]
@@ -67,7 +67,7 @@ def test_splitting_long_sums():
 
 
 def test_command_shows_what_failed_and_what_is_missing(tmp_path, capsys):
-    """An interrupted run, in which a variant is wrong, decides what it can."""
+    """An interrupted run with a wrong variant still decides what it can."""
     broken = case(64, ours=6, loop=40)
     broken["contestants"]["ours_lt"] = {"failed": "AssertionError: ours_lt is wrong"}
     content = {**made_up([broken]), "left_out": [case(32), case(128)]}

@@ -1,4 +1,4 @@
-"""What a result says of the goals: on results made up to meet and to miss them."""
+"""Goals met and missed, on synthetic results."""
 
 import json
 
@@ -13,7 +13,7 @@ ENSEMBLE = {"suite": "ensemble", "precision": "amp-float16"}
 
 
 def make(problem, *, which="fwd", mode="eager", floor_us=1.0, peak_bytes=0, **contestants):
-    """A case of the setting and the times that the keywords name."""
+    """A case with the setting and the times that the keywords give."""
     setting = {name: contestants.pop(name) for name in ("suite", "precision")}
     entries = {name: {"times_us": [float(us)] * 3, "peak_bytes": peak_bytes} for name, us in contestants.items()}
     case = {"problem": Problem(*problem)._asdict(), "pass": which, "mode": mode, "threads": 1, "floor_us": floor_us}
@@ -25,7 +25,7 @@ def made_up(cases, gpu="NVIDIA H100"):
 
 
 def lines_of(cases, goal, name="ours"):
-    """The rows of a goal in the table of a variant, their words joined by single spaces."""
+    """The rows of a goal in a variant's table, with single spaces between words."""
     text, met = goals.report([made_up(cases)])
     part = next(part for part in text.split("\n\n") if part.startswith(f"{name}: "))
     return [" ".join(line.split())[len(goal) + 1 :] for line in part.splitlines() if line.startswith(goal)], met
@@ -127,7 +127,7 @@ def lines_of(cases, goal, name="ours"):
 def test_goals(goal, case, met, line):
     lines, all_met = lines_of([case], goal)
     assert lines == [line]
-    assert met or not all_met  # of a case that meets this goal, another may be missed
+    assert met or not all_met  # a case that meets this goal may miss another
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_goals(goal, case, met, line):
     ],
 )
 def test_what_the_host_takes_is_no_miss_of_ours(goal, case):
-    """Small problems in eager mode: nobody's calls reach the GPU that fast."""
+    """Small problems in eager mode are bound by the host, whichever library computes."""
     assert lines_of([case], goal) == (["not measured"], True)
 
 
@@ -177,7 +177,7 @@ def test_the_worst_of_several_cases_is_named():
 
 
 def test_variants_have_tables_of_their_own():
-    """A variant is held against the same others, ours not among them."""
+    """A variant is compared with the same contestants, not with ours."""
     case = make((128, 16, 64, 64), ours=20, ours_small=1, loop=30, bmm=10, mode="graph", **ENSEMBLE)
     assert "bmm" in lines_of([case], "(a) the fastest")[0][0]
     assert lines_of([case], "(a) the fastest", "ours_small")[0][0].startswith("fwd graph met 1/1 10 ")
@@ -185,7 +185,7 @@ def test_variants_have_tables_of_their_own():
 
 
 def test_command(tmp_path, capsys):
-    """Several results are held against the goals together; the exit status is that of the default."""
+    """Several results are checked together; the exit status is the default variant's."""
 
     def write(name, gpu="NVIDIA H100", **contestants):
         case = make((2560, 12, 1024, 3072), suite="recommender", precision="bfloat16", **contestants)

@@ -1,4 +1,4 @@
-"""The benchmark: its contestants compute the same layer, and its numbers are what they say."""
+"""The benchmark: its contestants compute the same layer, and its numbers are correct."""
 
 import re
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _short_rounds(monkeypatch):
     monkeypatch.setattr(timing, "ROUND_SECONDS", {"cpu": 1e-4, "cuda": 1e-4})
-    monkeypatch.setattr(timing, "CASE_SECONDS", {"cpu": 1.5, "cuda": 30})  # a GPU may be shared by many tests
+    monkeypatch.setattr(timing, "CASE_SECONDS", {"cpu": 1.5, "cuda": 30})  # tests may share a GPU
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def _small_ceiling(monkeypatch):
     monkeypatch.setattr("benchmarks.ceilings.cache_bytes", lambda device: 1 << 16)
 
 
-# Who cannot compute a problem in a dtype: by torch's own limits, or for want of a package.
+# Contestants that cannot compute a problem in a dtype: a limit of torch, or a missing package.
 INAPPLICABLE = {
     "bsr": "inference only|non-square|not implemented",
     "grouped_mm": "multiple of 16|strides/sizes|Float32|requires cuBLASLt|no torch.nn|not supported",
@@ -44,7 +44,7 @@ INAPPLICABLE = {
 
 
 def compute(name, tensors):
-    """Output of a contestant and gradients of x and of its parameters, or a skipped test."""
+    """A contestant's output and its gradients for x and the parameters; skips the test if unsupported."""
     x, weight, bias, grad_output = tensors
     try:
         forward, parameters = CONTESTANTS[name](weight, bias)
@@ -71,7 +71,7 @@ def test_contestant(name, problem, dtype, device):
     output, grads = compute(name, (x, weight.detach(), bias.detach(), grad_output))
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(grads[0], grad_x)
-    # The gradients are kept as the parameters are: a dense weight has zeros beside its blocks.
+    # Gradients have the form of the parameters: a dense weight has zeros outside of its blocks.
     for actual, wanted in zip(grads[1:], CONTESTANTS[name](grad_weight, grad_bias)[1], strict=True):
         torch.testing.assert_close(torch.where(wanted == 0, 0, actual), wanted)
 
@@ -155,7 +155,7 @@ def test_failures_of_ours_are_not_skipped(monkeypatch):
 
 
 def test_a_failed_capture_leaves_the_stream_as_it_was(cuda, monkeypatch):
-    """The next contestant would be timed on the capture's, and its own capture would fail."""
+    """Otherwise the next contestant would be timed on the capture's stream, and its own capture would fail."""
 
     def waits(weight, bias):
         def forward(x, weight, bias):
@@ -183,7 +183,7 @@ def test_slow_contestants_run_once(monkeypatch):
 
 @pytest.fixture
 def choice(monkeypatch):
-    """Stands in for blockdiag's choice of a CUDA library: what was computed by which, tuned or not."""
+    """Replaces blockdiag's choice of a CUDA library; records which library computed what, and whether tuned."""
     state, seen = {"library": "cublas", "tuned": False}, []
 
     def preferred_blas_library(name=None):
@@ -213,7 +213,7 @@ def choice(monkeypatch):
 
 @pytest.mark.parametrize("name", ["ours", "ours_lt", "ours_tuned", "ours_small"])
 def test_variants_compute_by_their_library(name, choice):
-    """From the check to the last round, and the choice is restored."""
+    """From the check to the last round; then the choice is restored."""
     entry = measure([name], PROBLEM, PRECISIONS["float32"], CPU, rounds=3)[name]
     wanted = {"ours": ("cublas", False), "ours_lt": ("cublaslt", False), "ours_tuned": ("cublaslt", True)}
     if name == "ours_small":
@@ -235,7 +235,7 @@ def test_variants_are_for_cuda():
 
 
 def test_operands_are_rotated(monkeypatch):
-    """Over copies that exceed twice the cache, and over as few as that takes."""
+    """Over just enough copies to exceed twice the cache."""
     seen = set()
 
     def spy(weight, bias):

@@ -1,4 +1,4 @@
-"""BlockDiagonal: how close the blocks come to the dense layer, permutations, and reports."""
+"""BlockDiagonal: approximation error, permutations, and reports."""
 
 import copy
 import re
@@ -14,7 +14,7 @@ from models import hidden_blocks, mlp
 @pytest.mark.parametrize("permute", [False, True])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_what_is_block_diagonal_is_computed_exactly(permute, calibrated, device):
-    if permute and device != "cpu":  # where the GPU is, there may be no package index
+    if permute and device != "cpu":  # a machine with a GPU may have no package index
         pytest.importorskip("scipy")
         pytest.importorskip("sklearn")
     model = nn.Sequential(hidden_blocks(4, 16, 32, permute), nn.GELU(), hidden_blocks(2, 24, 16, permute)).to(device)
@@ -50,14 +50,14 @@ def test_reported_errors_are_those_of_the_outputs(permute, bias, dtype):
 
 
 def test_folded_permutations_change_nothing():
-    """Between layers of one nn.Sequential permutations meet or are taken over; the function stays the same."""
+    """Between the layers of an nn.Sequential, permutations merge or are folded in; the function stays the same."""
     torch.manual_seed(1)
     model = mlp(8, 16, 16, 16, 16, 8)
-    model.insert(3, nn.Sequential(nn.Softmax(-1)))  # no elementwise function: nothing passes it
+    model.insert(3, nn.Sequential(nn.Softmax(-1)))  # not elementwise: no permutation passes it
     x = torch.randn(50, 8, dtype=torch.float64)
     unfolded = copy.deepcopy(model)
     for module in model:
-        module.register_forward_hook(lambda *_: None)  # a hook could see the order: nothing is folded
+        module.register_forward_hook(lambda *_: None)  # a hook could observe the order: nothing is folded
     by_hand, _ = compress(model, BlockDiagonal(4, permute=True), ["2", "5", "7"], progress=False)
     folded, _ = compress(unfolded, BlockDiagonal(4, permute=True), ["2", "5", "7"], progress=False)
     torch.testing.assert_close(folded(x), by_hand(x))
@@ -67,14 +67,14 @@ def test_folded_permutations_change_nothing():
         return sum((m.input_permutation is not None) + (m.output_permutation is not None) for m in layers)
 
     assert permutations(by_hand) == 6
-    # In front of "2" layer "0" takes it over, behind "7" layer "9" does; between "5" and "7" two become one. What
-    # leaves "2" and enters "5" has to stay.
+    # Layer "0" takes over the one before "2", layer "9" the one after "7"; those between "5" and "7" merge into one.
+    # The output permutation of "2" and the input permutation of "5" stay.
     assert permutations(folded) == 3
     assert not torch.equal(folded[0].weight, model[0].weight)
 
 
 class Block(nn.Module):
-    """Two linear layers with what is between them in a forward; `kind` says how they are used."""
+    """Two linear layers and the functions between them in a forward; `kind` selects how they are used."""
 
     def __init__(self, kind):
         super().__init__()
@@ -142,7 +142,7 @@ def test_dry_run_and_report():
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_transformer_encoder(nested):
-    """Its fused inference path reads dense weights: it is not taken where they are none."""
+    """The fused inference path reads dense weights: it must be disabled for converted layers."""
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
     new, report = compress(model, BlockDiagonal(4), progress=False)
@@ -164,7 +164,7 @@ def test_transformer_encoder(nested):
 
 
 def test_nothing_to_convert():
-    """A warning, and a copy all the same."""
+    """Warns, and still returns a copy."""
     model = mlp(8, 8)
     with pytest.warns(UserWarning, match="nothing was converted: .*fewer than 9 features"):
         new, report = compress(model, BlockDiagonal(2, min_features=9), progress=False)
@@ -174,7 +174,7 @@ def test_nothing_to_convert():
 
 
 class UsedAsList(nn.Module):
-    """An nn.Sequential that is never called itself: what it looks like is not what is computed."""
+    """An nn.Sequential that is never called: its structure is not the computation."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The CPU kernels touch no memory beyond their operands: these end where the process may read no further."""
+"""The CPU kernels touch no memory beyond their operands, which end at a guard page."""
 
 import ctypes
 import mmap
@@ -12,7 +12,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def at_the_end_of_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that ends with the last byte before a page that must not be touched. The page stays mapped to nothing."""
+    """A copy whose last byte is followed by a guard page, which stays inaccessible."""
     size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, size + mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,4 +1,4 @@
-"""opcheck, torch.compile and what stands on fake tensors."""
+"""opcheck, torch.compile and other users of fake tensors."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ OPS = torch.ops.blockdiag
 
 
 def _views(tensor):
-    """The tensor contiguous, transposed and sliced."""
+    """The tensor: contiguous, transposed and sliced."""
     yield tensor
     yield tensor.detach().mT.contiguous().mT.requires_grad_(tensor.requires_grad)
     yield torch.cat([tensor.detach()] * 2, -1)[..., : tensor.shape[-1]].requires_grad_(tensor.requires_grad)
@@ -92,14 +92,14 @@ def test_compile_one_graph_for_all_batch_sizes(backend, device):
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_modes(mode, device):
-    """Trains as without torch.compile, step by step, and infers in inference mode."""
+    """Trains as without torch.compile, step by step, and runs in inference mode."""
     torch._dynamo.reset()
     net, expected = Net(device), Net(device)
     expected.load_state_dict(net.state_dict())
     compiled = torch.compile(net, mode=mode, fullgraph=True)
     x = torch.randn(8, 12, device=device)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (net, expected)]
-    for _ in range(4):  # CUDA graphs are recorded in the second call, and replayed from the third
+    for _ in range(4):  # CUDA graphs are recorded in the second call, and replayed from the third on
         for model, optimizer in zip((compiled, expected), optimizers, strict=True):
             torch.compiler.cudagraph_mark_step_begin()
             optimizer.zero_grad()
@@ -110,8 +110,8 @@ def test_modes(mode, device):
         torch.testing.assert_close(compiled(x), expected(x))
 
 
-def test_neighbours_are_fused(device):
-    """The pointwise functions before the op are one kernel, those after it another."""
+def test_neighbors_are_fused(device):
+    """The pointwise functions before the op fuse into one kernel, those after it into another."""
     torch._dynamo.reset()
     metrics.reset()
     layer = BlockDiagLinear(12, 24, 3, device=device)
@@ -178,7 +178,7 @@ def test_compiled_autograd_of_an_eager_forward_compiles_once_for_all_batch_sizes
         for batch in range(3, 9):
             for x in (torch.randn(batch, 8), torch.randn(batch, 2, 4)):
                 model(x).sum().backward()
-    assert counter.frame_count <= 4  # each kind of input once, and once more when its batch size has become symbolic
+    assert counter.frame_count <= 4  # each kind of input once, and again when its batch size becomes symbolic
 
 
 @pytest.mark.parametrize("argument", [0, 1, 2], ids=["input", "weight", "bias"])
@@ -207,7 +207,7 @@ def test_symbolic_sizes_keep_the_graph_general():
 
 
 def test_data_dependent_sizes(device):
-    """Batch and number of blocks that are known only when the program runs: checked then, not refused while tracing."""
+    """Batch and number of blocks known only at run time are checked then, not rejected while tracing."""
     torch._dynamo.reset()
 
     def select(x, weight, rows, count):
@@ -232,6 +232,6 @@ def test_export():
     program = torch.export.export(net, (torch.randn(4, 12),), dynamic_shapes=({0: batch},))
     x = torch.randn(9, 12)
     torch.testing.assert_close(program.module()(x), net(x))
-    decomposed = program.run_decompositions()  # has nothing to take the op apart into
+    decomposed = program.run_decompositions()  # the op has no decomposition
     torch.testing.assert_close(decomposed.module()(x), net(x))
     assert OPS.linear.default in {node.target for node in decomposed.graph.nodes}

@@ -1,4 +1,4 @@
-"""compress carries hooks, sharing and optimizers over; bad input, or an interruption, changes nothing."""
+"""compress carries over hooks, sharing and optimizers; bad input, or an interruption, changes nothing."""
 
 import copy
 import sys
@@ -24,7 +24,7 @@ def test_what_carries_over():
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, False]
     model(torch.randn(3, 8))
     assert calls == [BlockDiagLinear]
-    handle.remove()  # the user's handle still knows its hook
+    handle.remove()  # the user's handle still removes its hook
     model(torch.randn(3, 8))
     assert len(calls) == 1
     half, _ = compress(mlp(8, 8).half(), BlockDiagonal(2), progress=False)
@@ -47,7 +47,7 @@ def test_shared_layers_and_weights_stay_shared():
 @pytest.mark.parametrize("permute", [False, True])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
 def test_optimizers_are_rebound(optimizer, permute):
-    """Training goes on as if the kept entries had been the only ones: state, gradients and groups carry over."""
+    """Training continues as if only the kept entries had existed: state, gradients and groups carry over."""
     torch.manual_seed(2)
     arguments = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
     model = mlp(8, 12, 8)
@@ -68,7 +68,7 @@ def test_optimizers_are_rebound(optimizer, permute):
     assert set(bound.state) == set(model.parameters())
 
     def dense(layer, blocks):
-        """A tensor of the new layer's blocks where it was in the dense weight."""
+        """Scatters the new layer's blocks to their places in the dense weight."""
         probe = copy.deepcopy(layer)
         getattr(probe, "blocks", probe).weight = nn.Parameter(blocks.detach().clone())
         return probe.to_dense().weight.detach()

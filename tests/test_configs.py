@@ -1,4 +1,4 @@
-"""Configs of compress: their values, budgets beside them, and several in one call."""
+"""Configs of compress: values, budgets, and several in one call."""
 
 import dataclasses
 import warnings
@@ -55,7 +55,7 @@ def test_values(kind, values, error, message):
 
 
 def test_configs_are_values():
-    """Frozen, hashable, and equal whatever the types of equal numbers."""
+    """Frozen, hashable, and equal for equal numbers of different types."""
     config = LowRank(rank=8)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.rank = 4
@@ -93,7 +93,7 @@ def test_configs_are_values():
     ],
 )  # fmt: skip
 def test_budgets_that_do_not_fit(config, budget, error, message):
-    """Before any work: the model is not even looked at."""
+    """They are rejected before any work: the model is not read."""
 
     class Untouchable(nn.Module):
         def modules(self):
@@ -124,13 +124,13 @@ def test_a_budget_of_all_parameters():
     ],
 )  # fmt: skip
 def test_ranks(config, layer, rank):
-    """Numbers, and fractions of the smaller side: of the layer, of each group, or of each submatrix."""
+    """Numbers, and fractions of the smaller side of the layer, of each group, or of each submatrix."""
     new, _ = compress(nn.Sequential(layer), config, progress=False)
     assert new[0].rank == rank
 
 
 def test_several_configs_in_one_call():
-    """With one calibration, each layer becomes what it becomes alone."""
+    """With one calibration, each layer converts as it does alone."""
     model, x = mlp(24, 24, 24, 24), torch.randn(200, 24, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.named_parameters())
     configs = {
@@ -157,14 +157,14 @@ def test_several_configs_in_one_call():
     assert kinds[1:] == [LowRankLinear, MonarchLinear]
     for together, single in zip(model[2::2], alone[1:], strict=True):
         torch.testing.assert_close(together.state_dict(), single.state_dict(), rtol=0, atol=0)
-    hidden = model[0](x).sort(-1).values  # nothing but the order may differ, where a neighbor took a permutation
+    hidden = model[0](x).sort(-1).values  # only the order may differ, if a neighbor took over a permutation
     torch.testing.assert_close(hidden, alone[0](x).sort(-1).values)
 
 
 def test_one_budget_for_low_rank_and_monarch_layers():
-    """It is of all their operations together; that of blocks is of each layer's parameters."""
+    """It limits the operations of all these layers together; a budget for blocks limits each layer's parameters."""
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)], nn.Conv1d(64, 64, 3))
-    model[0].weight.data = torch.randn(64, 2) @ torch.randn(2, 64)  # of which two ranks are enough
+    model[0].weight.data = torch.randn(64, 2) @ torch.randn(2, 64)  # of rank 2
     low_rank = LowRank(min_features=0)
     new, report = compress(
         model, {"0": low_rank, "1": Monarch(2, min_features=0), "2": BlockDiagonal(), "3": low_rank}, budget=0.4,

@@ -1,4 +1,4 @@
-"""What only a GPU, or a build with CUDA, can show."""
+"""Tests that need a GPU, or a build with CUDA."""
 
 import os
 import re
@@ -34,7 +34,7 @@ class TestBuild:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
     def test_traces_on_fake_cuda_tensors(self, dtype):
-        """Forward and both gradients; the autograd engine itself will not start for CUDA tensors without a GPU."""
+        """Forward and both gradients; the autograd engine does not start for CUDA tensors without a GPU."""
         with FakeTensorMode():
             layer = blockdiag.BlockDiagLinear(256, 128, 4, device="cuda", dtype=dtype)
             x = torch.empty(32, 256, device="cuda", dtype=dtype)
@@ -47,7 +47,7 @@ class TestBuild:
         assert {(t.device.type, t.dtype) for t in (output, input_grad, weight_grad)} == {("cuda", dtype)}
 
     def test_autocasts_fake_cuda_tensors(self):
-        """Switched on as torch.autocast does, which itself refuses to without a GPU."""
+        """Enables autocast as torch.autocast does, which refuses without a GPU."""
         before = torch.get_autocast_dtype("cuda")
         with FakeTensorMode():
             layer = blockdiag.BlockDiagLinear(256, 128, 4, device="cuda")
@@ -65,7 +65,7 @@ class TestBuild:
 
     @pytest.mark.parametrize("gemm", ["", "cublas", "cublaslt", "small_blocks", "fastest"])
     def test_choice_of_gemm(self, gemm):
-        # Also where the variable is set for all tests.
+        # Even if the variable is set for all tests.
         environment = {name: value for name, value in os.environ.items() if name != "BLOCKDIAG_CUDA_GEMM"}
         environment |= {"BLOCKDIAG_CUDA_GEMM": gemm} if gemm else {}
         command = [sys.executable, "-c", "import blockdiag; print(blockdiag.build_info()['cuda_gemm'])"]
@@ -79,7 +79,7 @@ class TestBuild:
             assert result.stdout.strip() == (gemm or "cublas"), result.stderr
 
 
-# In a process of its own, whose calls are counted. `bias[1:]` starts where no vector of eight bytes does.
+# In a separate process, to count its calls. `bias[1:]` is not aligned to eight bytes.
 _LT = """
 import torch, blockdiag
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = {reduced}
@@ -99,8 +99,8 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
 print(blockdiag.build_info()["cublaslt"])
 """
 
-# What deterministic mode makes of a call, by each library: its error or its warnings. Without CUBLAS_WORKSPACE_CONFIG
-# some versions of torch do not take cuBLAS for deterministic.
+# The error or warnings of a call in deterministic mode, with each library. Without CUBLAS_WORKSPACE_CONFIG some
+# versions of torch treat cuBLAS as nondeterministic.
 _DETERMINISTIC = """
 import torch, blockdiag, warnings
 
@@ -126,7 +126,7 @@ for warn_only in (False, True):
 
 @pytest.fixture(params=["cublas", "cublaslt", "tuned", "small_blocks"])
 def gemm(request):
-    """Each way to compute on a GPU, in turn."""
+    """Each GPU library in turn."""
     before = blockdiag.backends.cuda.preferred_blas_library()
     blockdiag.backends.cuda.preferred_blas_library("cublaslt" if request.param == "tuned" else request.param)
     with blockdiag.backends.tune() if request.param == "tuned" else nullcontext():
@@ -146,7 +146,7 @@ class TestDevice:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
     def test_torchs_own_flags(self, gemm, dtype):
-        """Reduced precision where torch allows it, and no deterministic mode, which the other tests switch on."""
+        """Reduced precision as torch allows it, without the deterministic mode of the other tests."""
         matmul = torch.backends.cuda.matmul
         matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = True
         torch.use_deterministic_algorithms(False)
@@ -164,7 +164,7 @@ class TestDevice:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
     @pytest.mark.parametrize("sizes", [(1, 64, 33), (1, 32, 128), (7, 24, 16), (3, 65, 70), (5, 1, 9)], ids=str)
     def test_bias_gradient(self, sizes, dtype, gemm):
-        """Not in deterministic mode, in which cuBLASLt has no part in it; of gradients of every layout."""
+        """For gradients of every layout; not in deterministic mode, which excludes cuBLASLt."""
         torch.use_deterministic_algorithms(False)
         num_blocks, in_block, out_block = sizes
         for stacked in (False, True):
@@ -181,7 +181,7 @@ class TestDevice:
 
     @pytest.mark.parametrize("allow", ["fp16", "bf16"])
     def test_sums_that_must_not_be_split(self, gemm, allow):
-        """cuBLAS cannot be told so: as torch's own products, it refuses."""
+        """cuBLAS cannot avoid it and raises, as torch's own products do."""
         dtype = torch.float16 if allow == "fp16" else torch.bfloat16
         input, weight, bias = make(Problem((64,), 4, 64, 32), dtype, "cuda")
         setattr(torch.backends.cuda.matmul, f"allow_{allow}_reduced_precision_reduction", (False, False))
@@ -191,12 +191,12 @@ class TestDevice:
         else:
             try:
                 check(blockdiag.linear, input, weight, bias)
-            except RuntimeError as error:  # cuBLASLt need not have an algorithm that splits none
+            except RuntimeError as error:  # cuBLASLt may have no algorithm without splits
                 if "expected allow_splitk=True" not in str(error):
                     raise
 
     def test_threads_with_streams_of_their_own(self, gemm):
-        """Plans are shared, results are not."""
+        """Threads share plans, but not results."""
 
         def work(seed: int) -> bool:
             generator = torch.Generator("cuda").manual_seed(seed)
@@ -213,7 +213,7 @@ class TestDevice:
             assert all(pool.map(work, range(8)))
 
     def test_deterministic_mode_without_a_workspace_config(self):
-        """As F.linear does."""
+        """Behaves as F.linear does."""
         environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
         command = [sys.executable, "-c", _DETERMINISTIC]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -221,9 +221,9 @@ class TestDevice:
 
     @pytest.mark.parametrize("reduced", [True, False, (False, False)], ids=str)
     def test_cublaslt_computes(self, reduced):
-        """What the heuristic says of ordinary problems: without this, all of them might be left to cuBLAS unseen.
+        """The heuristic has algorithms for ordinary problems, which might all fall back to cuBLAS silently.
 
-        Of some it may have no algorithm, above all where sums must not be split.
+        It may have none for some problems, above all if sums must not be split.
         """
         environment = {**os.environ, "BLOCKDIAG_CUDA_GEMM": "cublaslt"}
         command = [sys.executable, "-c", _LT.format(reduced=reduced)]

@@ -1,4 +1,4 @@
-"""The layer over several processes: each test starts a process group (gloo) of its own, of 2 and of 4 processes."""
+"""Distributed layers: each test starts its own process groups (gloo), of 2 and of 4 processes."""
 
 import os
 
@@ -25,13 +25,13 @@ BLOCKS, IN, OUT, BATCH = 4, 3, 5, 8
 def in_group(rank: int, function, world_size: int, folder, arguments) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # The loopback device by name: gloo would look the host's name up, which not every machine can.
+    # The loopback device by name: gloo would resolve the host's name, which fails on some machines.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size)
     function(*arguments)
     dist.barrier()
     dist.destroy_process_group()
-    # Gloo's threads still drop tensors, which aborts the process if it happens while the interpreter is shut down.
+    # Gloo's threads still release tensors, which aborts the process if the interpreter is shutting down.
     os._exit(0)
 
 
@@ -71,13 +71,13 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_parameters(model: nn.Module, expected: nn.Module) -> None:
-    # Adam divides gradients by their size: sums of another order may differ in the last places of small ones.
+    # Adam divides gradients by their size, which amplifies differences in the order of summation for small ones.
     for actual, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(full(actual).detach(), wanted.detach(), rtol=1e-4, atol=1e-5)
 
 
 def check_conversion_under_ddp(method: str) -> None:
-    """Each process calibrates on its own inputs; what comes out is one model, that of all inputs, and trains on."""
+    """Each process calibrates on its own inputs; the result is one model, calibrated on all of them, that trains."""
     dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)).double()
     x = torch.randn(400, 16, dtype=torch.float64).cumsum(-1)
     config = blockdiag.LowRank(max_error=0.3, min_features=0)
@@ -90,7 +90,7 @@ def check_conversion_under_ddp(method: str) -> None:
     model(part).square().mean().backward()
     optimizer.step()
     alone, expected = blockdiag.compress(dense, config, calibration=[x], progress=False)
-    # What fails in one process fails in all, and none waits for another; one may give no inputs of its own.
+    # A failure in one process fails in all, without a deadlock; a process may have no inputs.
     failing = [part[:, 1:]] if dist.get_rank() == 0 else [part]
     with pytest.raises(ValueError, match=r"failed on calibration batch 0|failed in 1 other processes"):
         blockdiag.compress(model, config, calibration=failing, inplace=True, progress=False)
@@ -200,7 +200,7 @@ def test_block_parallel(world_size, tmp_path):
 
 
 def check_two_dimensions() -> None:
-    """Blocks over one dimension of the mesh; over the other the batch and, by FSDP, what is left of the parameters."""
+    """Blocks over one dimension of the mesh; over the other the batch and, by FSDP, the remaining parameters."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "blocks"))
     expected, model, (x, target) = make_model(), make_model(), make_batch()
     styles = {"0": BlockParallel(), "2": BlockParallel(input_layouts=Shard(-1), output_layouts=Replicate())}

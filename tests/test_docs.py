@@ -1,4 +1,4 @@
-"""What the documents say is so: links lead somewhere, code runs, named tests and variables exist."""
+"""The documentation holds: links resolve, code runs, and the tests and variables that it names exist."""
 
 import re
 from pathlib import Path

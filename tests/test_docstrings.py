@@ -8,7 +8,7 @@ import pytest
 
 import blockdiag
 
-# An example may need a library that is not installed, or not with this PyTorch.
+# An example may need a library that is not installed, or not for this PyTorch.
 NEEDED = {
     "blockdiag.integrations.torch_uncertainty": "torch_uncertainty.layers.packed",
     "blockdiag.integrations.transformers": "transformers.pytorch_utils",
@@ -17,7 +17,7 @@ NEEDED = {
 
 
 def public_objects():
-    """What the ``__all__`` of each public module names, once, by the module that defines it."""
+    """Every object in the ``__all__`` of a public module, once, under the module that defines it."""
     modules = [blockdiag] + [
         importlib.import_module(info.name)
         for info in pkgutil.walk_packages(blockdiag.__path__, "blockdiag.")
@@ -33,7 +33,7 @@ OBJECTS = public_objects()
 @pytest.mark.parametrize("name", OBJECTS)
 def test_examples(name, tmp_path, monkeypatch):
     public = OBJECTS[name]
-    tests = doctest.DocTestFinder().find(public, name, module=False, globs={})  # with those of a class's methods
+    tests = doctest.DocTestFinder().find(public, name, module=False, globs={})  # includes a class's methods
     assert any(test.name == name and test.examples for test in tests), "expected an example in the docstring"
     if public.__module__ in NEEDED:
         try:

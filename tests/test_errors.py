@@ -1,4 +1,4 @@
-"""Bad input: one clear error that names the op, what was expected and what came, before any work."""
+"""Bad input raises one clear error, before any work, with the op, the expected and the actual value."""
 
 import re
 
@@ -71,7 +71,7 @@ class TestShapes:
         rejects(f"blockdiag::linear_weight_grad: {message}", grad_output, input, [4, 32, 64], op=ops.linear_weight_grad)
 
     def test_sizes_whose_products_overflow(self, device):
-        """No elements, but sizes whose product wraps around 64 bits."""
+        """No elements, but sizes whose product overflows 64 bits."""
         weight = torch.empty(2**62, 0, 4, device=device)
         rejects(
             "expected num_blocks to fit BLAS's 32-bit integers (2147483647), but got 4611686018427387904",

@@ -1,4 +1,4 @@
-"""docs/compatibility.md, over every public module."""
+"""docs/compatibility.md, for every public module."""
 
 import copy
 import io
@@ -56,7 +56,7 @@ def test_state_dict(case):
 
 @every_module
 def test_meta_device(case):
-    """Made there by argument or context, and brought back by a state dict, into new memory or as it is."""
+    """Created there by argument or context, and materialized by a state dict, into new memory or by assignment."""
     module, inputs = initialized(case), case.inputs(3)
     outputs = module(*inputs)
     for way in ("argument", "context"):
@@ -111,7 +111,7 @@ def test_autocast(case):
 
 @every_module
 def test_fx(case):
-    """By itself and inside of a model; what comes of it runs, is pickled and is scripted."""
+    """Alone and inside of a model; the result runs, pickles and scripts."""
     module, inputs = initialized(case), case.inputs(3)
     traced = fx.symbolic_trace(module)
     assert_same(traced, module, inputs)
@@ -147,7 +147,7 @@ def test_compile(case):
         return graph
 
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
-    for batch in (6, 7):  # no other size of the inputs, which a graph would then take for the same
+    for batch in (6, 7):  # unlike the other sizes of the inputs, which a graph would otherwise treat as equal
         inputs = [x.requires_grad_() for x in case.inputs(batch)]
         results = [torch.autograd.grad(first(layer(*inputs)).sin().sum(), inputs) for layer in (compiled, module)]
         assert_close(*results)
@@ -246,7 +246,7 @@ def test_jagged_inputs(case):
 
 @every_module
 def test_shapes_of_batches(case):
-    """None, and several dimensions of it, where the module takes any."""
+    """No batch dimension, and several, if the module supports any number."""
     module = initialized(case)
     assert first(module(*case.inputs(0))).numel() == 0
     if case.takes_jagged:  # linear in the last dimension
@@ -272,7 +272,7 @@ def test_subclasses(case):
 @every_module
 @pytest.mark.parametrize("requested", [None, {blockdiag.BlockDiagLinear, blockdiag.PermutedBlockDiagLinear}], ids=str)
 def test_torch_quantizes_what_it_knows_and_names_what_not(case, requested):
-    """Its linear layers become int8; ours stay, and a warning says so."""
+    """torch's linear layers become int8; ours stay, with a warning."""
     module, inputs = nn.ModuleList([initialized(case)]), case.inputs(3)
     expected = first(module[0](*inputs))
     with warnings.catch_warnings(record=True) as caught:
@@ -291,7 +291,7 @@ def test_torch_quantizes_what_it_knows_and_names_what_not(case, requested):
 
 
 def test_a_traced_ensemble_refuses_the_inputs_that_it_was_not_traced_for():
-    """torch.fx follows one way through the code: that of one input for all models, or the other by concrete_args."""
+    """torch.fx traces one branch: one input for all models or, with concrete_args, one per model."""
     case = CASES["StackedModel"]
     module, (x,) = initialized(case), case.inputs(3)
     inputs = torch.stack([x, -x, x + 1])

@@ -1,4 +1,4 @@
-"""The parts of the examples that their numbers rest on."""
+"""The functions that compute the examples' numbers."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ does_it_pay = pytest.importorskip("does_it_pay")
 
 
 def test_calibration_of_known_predictions():
-    """Four samples: two said to be 90 % sure, one of them right; two said to be 60 % sure, both right."""
+    """Four samples: two with a confidence of 90 %, one of them right; two with 60 %, both right."""
     probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
     labels = torch.tensor([0, 1, 1, 1])
     confidence, accuracy, share, error = example.calibration(probabilities, labels, bins=10)

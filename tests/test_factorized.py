@@ -1,4 +1,4 @@
-"""LowRank and Monarch: the error is the best possible, ranks follow the budget, and models train on."""
+"""LowRank and Monarch: the error is optimal, ranks follow the budget, and models keep training."""
 
 import copy
 
@@ -12,7 +12,7 @@ from models import mlp
 
 
 def factorize(model, config=LowRank, layers="*", *, calibration=None, budget=None, **settings):
-    """By a config of layers of any size."""
+    """compress, for layers of any size."""
     config = config(min_features=0, **settings)
     return compress(model, config, layers, calibration=calibration, budget=budget, progress=False)
 
@@ -49,7 +49,7 @@ def test_calibration_lowers_the_error_of_the_outputs(method, bias):
 
 
 def test_low_rank_on_outputs_is_not_beaten_by_alternating_least_squares():
-    """What Composer does: from the singular vectors, refit each factor to the outputs in turn."""
+    """Composer's method: starts from the singular vectors, and refits each factor to the outputs in turn."""
     model, x = mlp(24, 16), correlated(200, 24)
     new, _ = factorize(model, rank=4, calibration=[x])
     y = model(x)
@@ -106,7 +106,7 @@ def test_convolutions(conv, shape):
 
 
 def test_ranks():
-    """A number is a rank, a fraction one of the smaller side; only what saves operations is done."""
+    """A number is a rank, a fraction is relative to the smaller side; conversions must save operations."""
     model = nn.Sequential(
         nn.Linear(32, 16), nn.Unflatten(-1, (16, 1)), nn.Conv1d(16, 64, 1), nn.Conv1d(64, 32, 1, groups=4)
     )
@@ -158,7 +158,7 @@ def test_an_error_that_no_rank_reaches_leaves_the_layer():
 
 
 def test_an_estimate_of_the_rank_is_no_reason_to_give_up():
-    """Inputs that nearly cancel: what the submatrices' spectra tell is far off, and rank 1 is enough."""
+    """Inputs that nearly cancel: the estimate from the submatrices' spectra is far off, and rank 1 is enough."""
     weight, low = torch.randn(64, 32), torch.randn(64, 1) @ torch.randn(1, 32)
     model = nn.Sequential(nn.Linear(64, 64))
     model[0].weight.data = torch.cat([weight, low - weight], 1)
@@ -180,7 +180,7 @@ def test_equal_singular_values_share_the_budget():
 @pytest.mark.parametrize("method", [LowRank, Monarch])
 @pytest.mark.parametrize("budget", [0.2, 0.5, 0.8])
 def test_operations_within_a_budget_go_where_they_help(method, budget):
-    """Layers of one size and error: the one with a few large singular values gets the lower rank."""
+    """Of two layers with equal size and error, the one with a few large singular values gets the lower rank."""
     model = nn.Sequential(low_rank_plus_noise(64, 64, rank=2)[0], nn.Linear(64, 64, dtype=torch.float64))
     structure = {"num_blocks": 2} if method is Monarch else {}
     new, _ = factorize(model, method, budget=budget, **structure)
@@ -226,7 +226,7 @@ def test_lowered_rank_of_convolutions():
 
 
 def test_training_goes_on():
-    """Rebound optimizers train the factors; the state of what stays, and of biases, is kept."""
+    """Rebound optimizers train the factors; the state of biases and of unchanged layers is kept."""
     model, x = mlp(16, 32, 16), correlated(64, 16)
     bound = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
     for _ in range(3):

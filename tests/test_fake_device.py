@@ -1,7 +1,7 @@
-"""The CUDA host code on a machine without a GPU: on the fake devices of testing/fake_cuda, in processes of their own.
+"""The CUDA host code without a GPU: on the fake devices of testing/fake_cuda, in separate processes.
 
-Not named after CUDA, so that `-k cuda` on a machine with a GPU leaves it out. Needs a build with CUDA, g++ and nvcc's
-headers. FAIL_WITHOUT_CUDA_BUILD=1 says that they are expected.
+Not named after CUDA, so that `-k cuda` on a machine with a GPU excludes it. Needs a build with CUDA, g++ and nvcc's
+headers, which FAIL_WITHOUT_CUDA_BUILD=1 requires.
 """
 
 import os
@@ -22,8 +22,8 @@ EXCLUDED = [
     "tests/test_compile.py::test_compile_one_graph_for_all_batch_sizes[cuda-inductor]",
     "tests/test_compile.py::test_modes[cuda-reduce-overhead]",
     "tests/test_compile.py::test_modes[cuda-max-autotune]",
-    "tests/test_compile.py::test_neighbours_are_fused[cuda]",
-    # Minutes, and 4 GiB: check_host.py does that with memory that nobody touches.
+    "tests/test_compile.py::test_neighbors_are_fused[cuda]",
+    # Minutes, and 4 GiB: check_host.py does that with untouched memory.
     "tests/test_cuda.py::TestDevice::test_more_than_two_to_the_31_elements",
 ]
 
@@ -61,7 +61,7 @@ def test_tuning():
 
 @pytest.mark.parametrize("library", ["cublas", "cublaslt", "small_blocks"])
 def test_values(library):
-    """All tests that run on a GPU, and with the other libraries those of the op."""
+    """All GPU tests; with the other libraries, only those of the op."""
     files = ["linear", "random", "autograd", "autocast", "cuda", "memory"]
     paths = ["tests"] if library == "cublas" else [f"tests/test_{name}.py" for name in files]
     excluded = [argument for test in EXCLUDED for argument in ("--deselect", test)]
@@ -71,7 +71,7 @@ def test_values(library):
 
 @pytest.mark.parametrize("library", ["cublas", "cublaslt", "small_blocks"])
 def test_bounds(library):
-    """Every tensor lies in memory of its own: what reads or writes an element beyond it is found."""
+    """Every tensor has a separate allocation, which exposes accesses beyond it."""
     run_on_fake(
         *("-m", "cuda", "tests/test_linear.py", "tests/test_random.py"),
         BLOCKDIAG_CUDA_GEMM=library,
@@ -81,7 +81,7 @@ def test_bounds(library):
 
 @pytest.mark.parametrize("library", ["cublas", "cublaslt"])
 def test_order(library):
-    """No work is done before something waits for it: what does not wait for what it needs computes with old values."""
+    """Work runs only when something waits for it: a missing dependency computes with old values."""
     excluded = ["--deselect", EXCLUDED[-1]]
     run_on_fake("-m", "cuda", "tests/test_cuda.py", *excluded, BLOCKDIAG_CUDA_GEMM=library, FAKE_CUDA="lazy=1")
 
@@ -100,7 +100,7 @@ def test_what_compute_sanitizer_runs():
     ]
 
 
-# Calls cuBLAS by hand, with one mistake: what is said of each is the proof that the others do not make it.
+# Calls cuBLAS directly, with one mistake each. That the fake reports it proves that the other tests do not make it.
 _MISTAKE = """
 import ctypes, torch
 cublas = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""torch.func and forward-mode AD: the transforms of the layer equal those of a dense layer with the zeros in place."""
+"""torch.func and forward-mode AD: transforms of the layer equal those of a dense layer with explicit zeros."""
 
 import itertools
 
@@ -72,7 +72,7 @@ def test_transforms(transform, arguments):
 @pytest.mark.parametrize("weight_dim", [None, 0, 2])
 @pytest.mark.parametrize("input_dim", [None, 0, 1])
 def test_vmap(input_dim, weight_dim, bias_dim, arguments):
-    """Over any of the arguments, at any of their dimensions, and the gradients through it."""
+    """Over any arguments, at any dimensions, with gradients through it."""
     in_dims = [input_dim, weight_dim, bias_dim]
     if bias_dim == "none":
         arguments, in_dims = arguments[:2], in_dims[:2]
@@ -93,7 +93,7 @@ def test_vmap(input_dim, weight_dim, bias_dim, arguments):
 
 
 def contiguous(result):
-    """As the ops promise, also to a function that is mapped."""
+    """Asserts contiguity, which the ops also promise inside a mapped function."""
     for tensor in result if isinstance(result, tuple) else (result,):
         assert tensor.is_contiguous()
         assert tensor.view(-1).shape == (tensor.numel(),)
@@ -101,7 +101,7 @@ def contiguous(result):
 
 
 def batched_at(tensor, dim):
-    """Three of them, stacked at that dimension and, to have other strides than these, at the end."""
+    """Three copies, stacked at that dimension and, for different strides, at the end."""
     tensors = torch.stack([tensor, -tensor, tensor + 1], -1)
     return tensor if dim is None else tensors.movedim(-1, dim)
 
@@ -112,7 +112,7 @@ def batched_at(tensor, dim):
 )
 @pytest.mark.parametrize("bias_dim", [None, 0, -1])
 def test_results_of_vmap_are_contiguous_inside(in_dims, bias_dim, arguments):
-    """pytorch/functorch#999: all ops, where each argument is batched at any of its dimensions, or not."""
+    """pytorch/functorch#999: all ops, each argument batched at any of its dimensions or not at all."""
     ops = torch.ops.blockdiag
     x, weight, bias = arguments
     grad_output = blockdiag.linear(x, weight)
@@ -160,7 +160,7 @@ def test_vmap_over_the_bias_under_autocast(arguments, device):
 
 
 def test_batched_gradients(arguments):
-    """Of torch.autograd.grad, whose vmap is another than torch.func's."""
+    """By torch.autograd.grad, whose vmap differs from torch.func's."""
     arguments = [argument.requires_grad_() for argument in arguments]
     for bias in (arguments[2], arguments[2].detach().flatten().requires_grad_()):
         inputs = (*arguments[:2], bias)

@@ -1,8 +1,8 @@
-"""State dicts that an older version saved load today, and compute what they computed then.
+"""State dicts saved by older versions still load, and give the same outputs.
 
 ``golden/NAME.pt`` holds the state dict of a module of ``every_module.py``, inputs, and the outputs in eval mode. A new
-module gets its file by ``PYTHONPATH=.:tests python tests/test_golden.py NAME`` once its state dict is settled. A file
-that is committed is never written again: where a module changes, it learns to load the old state dict.
+module gets its file by ``PYTHONPATH=.:tests python tests/test_golden.py NAME`` once its state dict is settled. A
+committed file never changes: a module that changes must still load the old state dict.
 """
 
 import re
@@ -15,7 +15,7 @@ import torch
 from every_module import CASES, initialized
 
 FOLDER = Path(__file__).parent / "golden"
-NAMES = [name for name in CASES if name != "a compressed model"]  # that one is no module of its own
+NAMES = [name for name in CASES if name != "a compressed model"]  # not a module of its own
 
 
 def path_of(name):
@@ -36,14 +36,14 @@ def test_no_file_is_left_over():
 
 
 def save(name):
-    """Writes the file of a new module, whose running statistics are those of one batch."""
+    """Writes the file of a new module, with running statistics of one batch."""
     torch.manual_seed(0)
     module = initialized(CASES[name]).train()
     with torch.no_grad():
         module(*CASES[name].inputs(4))
         inputs = CASES[name].inputs(2)
         content = {"state_dict": module.state_dict(), "inputs": inputs, "output": module.eval()(*inputs)}
-    with path_of(name).open("xb") as file:  # fails where there is one
+    with path_of(name).open("xb") as file:  # fails if the file exists
         torch.save(content, file)
 
 

@@ -1,7 +1,7 @@
-"""Building and installing as users do: sdist, wheel, from either, editable, again after torch was replaced, by make.
+"""Building and installing as users do: sdist, wheel, from either, editable, after torch was replaced, by make.
 
-In environments of their own, without network and in seconds: a program in the compiler's place runs the preprocessor,
-to see that every header is there, and "links" by copying the module that these tests run with, which make has compiled.
+In separate environments, without network and in seconds: a stand-in for the compiler runs the preprocessor, to check
+that every header exists, and "links" by copying the module that these tests run with, which make has compiled.
 """
 
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 VERSION = (ROOT / "VERSION").read_text().strip()
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git clone: git knows what are sources")
-# What `make test` may have been given, and is not for these builds.
+# Variables of `make test` that must not reach these builds.
 OF_THE_CALLER = ("PYTHONPATH", "FORCE_CUDA", "TORCH", "VENV", "CMAKE_ARGS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
 LOCAL = f"{VERSION}+pt{RELEASE}cpu"
 COMPILER = """#!{python}
@@ -73,7 +73,7 @@ class Place:
 
         self.python = self.environment("env")
         self.without_torch = self.environment("env-without-torch", hidden=r"torch(gen)?\b|functorch")
-        # A torch that can be replaced in place, and whose files have a date before every object's.
+        # A torch that can be replaced in-place, with files older than every object.
         self.torch = folder / "env-packages/torch"
         original = self.torch.resolve()
         self.torch.unlink()
@@ -85,7 +85,7 @@ class Place:
         self.replace_torch("", "")
 
     def environment(self, name: str, hidden: str = r"\Z") -> Path:
-        """An environment with the packages of this one, but ours and `hidden`. Returns its Python."""
+        """An environment with the packages of this one, except ours and `hidden`. Returns its Python."""
         packages = self.folder / f"{name}-packages"
         packages.mkdir()
         for site in filter(lambda entry: entry.endswith(("site-packages", "dist-packages")), sys.path):
@@ -104,7 +104,7 @@ class Place:
         os.utime(path, (0, 0))
 
     def compiled(self) -> int:
-        """How many objects were compiled since the last call."""
+        """The number of objects compiled since the last call."""
         log = self.folder / "compiled"
         lines = log.read_text().splitlines() if log.exists() else []
         log.write_text("")
@@ -142,14 +142,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdist(place):
-    """By the calls of `python -m build --sdist`, without torch."""
+    """An sdist built with the hooks that `python -m build --sdist` calls, without torch."""
     hooks = "from setuptools import build_meta as b; b.get_requires_for_build_sdist(); print(b.build_sdist('dist'))"
     lines = run(place.without_torch, "-c", hooks, cwd=place.sources).splitlines()
     return place.sources / "dist" / lines[-1]
 
 
 def check_installed(place, version: str, expected_folder: Path) -> None:
-    """The package is there by this version, is imported from there, and computes."""
+    """The package is installed with this version, is imported from that folder, and computes."""
     code = (
         "import blockdiag, torch, importlib.metadata as m; "
         "print(m.version('torch-blockdiag'), blockdiag.__version__, blockdiag.__file__); "
@@ -176,7 +176,7 @@ def test_sdist_has_everything(place, sdist):
 
 
 def test_sdist_beside_torch_is_the_same(place, sdist, tmp_path):
-    """No version of the torch that happens to be there, and nothing about CUDA."""
+    """It names neither the installed torch's version nor CUDA."""
     hooks = f"from setuptools import build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"
     assert run(place.python, "-c", hooks, cwd=place.sources).splitlines()[-1] == sdist.name
     contents = []
@@ -187,14 +187,14 @@ def test_sdist_beside_torch_is_the_same(place, sdist, tmp_path):
 
 
 def test_wheel_is_not_built_without_torch(place):
-    """Neither by the command that needs nothing else of torch, nor beside an sdist."""
+    """Neither by a command that does not otherwise need torch, nor together with an sdist."""
     for arguments in (["bdist_wheel"], ["sdist", "bdist_wheel"], ["dist_info"]):
         with pytest.raises(AssertionError, match="compiled against the torch that it will run with"):
             run(place.without_torch, "setup.py", *arguments, cwd=place.sources)
 
 
 def test_install_from_sdist(place, sdist):
-    """Every header is in it."""
+    """The sdist contains every header."""
     (place.folder / "preprocess").touch()
     try:
         place.pip("install", "--no-build-isolation", "--no-deps", "--no-cache-dir", sdist)
@@ -205,14 +205,14 @@ def test_install_from_sdist(place, sdist):
 
 
 def test_install_from_index(place, sdist):
-    """What is found by name must have the version of the file: pip refuses it otherwise."""
+    """The version must match the file's name: pip rejects it otherwise."""
     options = ["--no-build-isolation", "--no-deps", "--no-cache-dir", "--force-reinstall"]
     place.pip("install", *options, "--find-links", sdist.parent, "torch-blockdiag")
     check_installed(place, VERSION, site(place))
 
 
 def test_wheel(place, tmp_path):
-    """Its name tells the torch that it is for, and it has the package alone."""
+    """Its name includes the torch version, and it contains only the package."""
     place.pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, ".")
     (wheel,) = tmp_path.iterdir()
     assert wheel.name.startswith(f"torch_blockdiag-{LOCAL}-cp")
@@ -232,14 +232,14 @@ def test_editable(place):
 
 
 def build(place, *command: str, **environment: str) -> int:
-    """Runs setup.py, and returns how many objects it compiled."""
+    """Runs setup.py. Returns the number of objects compiled."""
     place.compiled()
     place.run(place.python, "setup.py", *command, cwd=place.sources, **environment)
     return place.compiled()
 
 
 def test_what_makes_objects_stale(place):
-    """In one build folder: torch in the same place, the compiler, what compilers read of the environment."""
+    """In one build folder: another torch in the same place, another compiler, other environment variables."""
     build(place, "bdist_wheel")
     assert build(place, "bdist_wheel") == 0
     place.replace_torch(torch.__version__, f"{RELEASE}.99+other")
@@ -260,7 +260,7 @@ def test_module_in_place_is_stale_too(place):
 
 
 def test_without_ninja(place, tmp_path):
-    """setuptools alone would look at the sources' dates, and take the module of before."""
+    """setuptools alone would compare the sources' dates, and keep the old module."""
     for program in Path("/usr/bin").iterdir():
         if program.name != "ninja":
             (tmp_path / program.name).symlink_to(program)
@@ -269,7 +269,7 @@ def test_without_ninja(place, tmp_path):
 
 
 def test_make_builds_again(place):
-    """For another torch, or other variables; not if nothing has changed."""
+    """For another torch, or other variables, but not without changes."""
 
     def make(**environment):
         place.compiled()
@@ -278,7 +278,7 @@ def test_make_builds_again(place):
         return place.compiled()
 
     make_env = place.sources / "scripts/create_env.sh"
-    make_env.write_text("#!/bin/sh\necho made by $TORCH >>env-made\n")  # it would want a network
+    make_env.write_text("#!/bin/sh\necho made by $TORCH >>env-made\n")  # the real one needs a network
     make_env.chmod(make_env.stat().st_mode | stat.S_IXUSR)
     made = place.sources / "env-made"
     make()
@@ -296,7 +296,7 @@ def test_make_builds_again(place):
 
 
 def configure(place, folder: Path, torch_folder: Path, *options: str) -> str:
-    """What ninja would do after CMake's configuration."""
+    """The commands that ninja would run after CMake's configuration."""
     bin = Path(sys.executable).parent
     options = (*options, f"-DCMAKE_PREFIX_PATH={torch_folder}/share/cmake", f"-DCMAKE_MAKE_PROGRAM={bin}/ninja")
     run(bin / "cmake", "-S", place.sources, "-B", folder, "-G", "Ninja", "-DBUILD_TESTING=OFF", *options)
@@ -304,7 +304,7 @@ def configure(place, folder: Path, torch_folder: Path, *options: str) -> str:
 
 
 def test_cmake_builds_again(place, tmp_path):
-    """In one build folder: for another torch in the same place, and for one in another place."""
+    """In one build folder: for another torch in the same place, and for one elsewhere."""
 
     def fingerprint(text):
         (found,) = set(re.findall(r"-DBLOCKDIAG_FINGERPRINT=(\w+)", text))

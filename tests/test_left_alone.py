@@ -1,4 +1,4 @@
-"""Conversions run no user's code on the user's model, and leave it and all else alone unless they succeed in place."""
+"""Conversions run no user code on the user's model, and have no side effects unless they succeed in-place."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ def note(*_):
 
 
 class LoRA(nn.Linear):
-    """Merged into its frozen weight in eval mode, as loralib's is."""
+    """Merges into its frozen weight in eval mode, as loralib's does."""
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -61,7 +61,7 @@ class Conv1D(nn.Module):
 
 
 class Everything(nn.Module):
-    """A forward that does all that a forward should not, with layers for every conversion."""
+    """A forward with every possible side effect, and layers for every conversion."""
 
     def __init__(self):
         super().__init__()
@@ -90,11 +90,11 @@ class Everything(nn.Module):
 def make(name, training=True):
     torch.manual_seed(0)
     model = Everything()
-    if name == "conv1d":  # which cannot be pickled under its name
+    if name == "conv1d":  # cannot be pickled under its name
         model.conv = Conv1D(16)
     model.up.weight.no_weight_decay = True
     model.down.bias._optim = {"lr": 0.1}
-    model(torch.randn(8, 16))  # an activation with a graph is kept, which Python's deepcopy refuses
+    model(torch.randn(8, 16))  # keeps an activation with a graph, which Python's deepcopy rejects
     model.train(training)
     model.norm.eval()
     for module in (model, model.up, model.down, model.norm):
@@ -125,7 +125,7 @@ EXCHANGES = {"attention": split_attention, "conv1d": conv1d_to_linear}
 
 @pytest.fixture(autouse=True)
 def looking_on():
-    """Global hooks, which are to see nothing either."""
+    """Global hooks, which must observe nothing."""
     CALLS.clear()
     handles = [
         nn.modules.module.register_module_forward_hook(note),
@@ -155,7 +155,7 @@ def test_a_copy_is_converted(name, training):
     if name != "conv1d":
         pickle.dumps(result)
     assert not any(isinstance(value, torch.fx.Proxy) for part in result.modules() for value in vars(part).values())
-    # What was set on parameters is there, of layers that were converted, and of those that were not.
+    # Attributes of parameters carry over, whether or not the layer was converted.
     first = next(result.up.parameters())
     assert first.no_weight_decay
     assert [p._optim for p in result.down.parameters() if hasattr(p, "_optim")] == [{"lr": 0.1}]
@@ -188,7 +188,7 @@ def test_in_place_only_what_is_named_changes(name):
 
 
 class Interruption:
-    """Raises in the n-th call of a function of blockdiag, once, wherever that is."""
+    """Raises once, in the n-th call of any of blockdiag's functions."""
 
     def __init__(self, after, error):
         self.left, self.error, self.folder = after, error, str(Path(blockdiag.__file__).parent)
@@ -202,7 +202,7 @@ class Interruption:
 
 
 def interrupted(convert, after, error):
-    """Whether the conversion was interrupted."""
+    """Returns whether the conversion was interrupted."""
     try:
         sys.setprofile(Interruption(after, error))
         convert()
@@ -216,7 +216,7 @@ def interrupted(convert, after, error):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("name", [*CONVERSIONS, *EXCHANGES])
 def test_interrupted_anywhere(name, error):
-    """Wherever it is, the model is as it was, or converted; mostly the former."""
+    """At any point, the model is either unchanged or converted; mostly the former."""
     model = make(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(8, 16)).sum().backward()
@@ -224,7 +224,7 @@ def test_interrupted_anywhere(name, error):
     after, step, times = 1, 1, 0
     while True:
         before = snapshot(model, optimizer)
-        with contextlib.suppress(ValueError):  # which says where calibration was interrupted
+        with contextlib.suppress(ValueError):  # reports where calibration was interrupted
             if not interrupted(
                 lambda: {**CONVERSIONS, **EXCHANGES}[name](model, inplace=True, optimizers=optimizer), after, error
             ):
@@ -261,7 +261,7 @@ def test_stack_models_compares_copies():
 
 def test_hooks_that_calibration_does_not_call_are_told_of():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    prune.l1_unstructured(model[2], "weight", 0.5)  # by a hook too, which computes the weight: it is called
+    prune.l1_unstructured(model[2], "weight", 0.5)  # also a hook, but it computes the weight and must be called
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compress(model, BlockDiagonal(2), "0", calibration=inputs(), progress=False)
@@ -271,11 +271,11 @@ def test_hooks_that_calibration_does_not_call_are_told_of():
 
 
 def test_calibration_of_what_is_computed_beside_the_layers():
-    """Weights that are computed, replaced forwards that a copy takes along, and compiled parts give their inputs."""
+    """Calibration supports computed weights, replaced forwards that are copied, and compiled parts."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
     prune.l1_unstructured(model[0], "weight", 0.5)
-    model[0].weight_orig.data *= 3  # since when no forward has been
+    model[0].weight_orig.data *= 3  # no forward has run since
     model[1].forward = functools.partial(F.relu)
     compiled = torch.compile(model, backend="eager")
     x = inputs()[0]

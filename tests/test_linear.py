@@ -62,13 +62,13 @@ def test_nan_and_infinity_stay_in_their_block(device):
 
 
 def offset_slice(tensor):
-    """`tensor` one element into a larger buffer: aligned to nothing but its element."""
+    """`tensor` one element into a larger buffer: aligned to its element only."""
     buffer = tensor.new_empty(tensor.numel() + 1)
     return buffer[1:].view_as(tensor).copy_(tensor)
 
 
 def sliced(tensor):
-    """Every other row, and the middle of each: leading dimension twice as large and more."""
+    """Every other row, and the middle of each: more than twice the leading dimension."""
     *leading, last = tensor.shape
     buffer = (
         tensor.new_full((*leading[:-1], 2 * leading[-1], last + 6), torch.nan)
@@ -80,22 +80,22 @@ def sliced(tensor):
 
 
 def transposed(tensor):
-    """The first dimension innermost."""
+    """A layout with the first dimension innermost."""
     return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def block_major(tensor):
-    """A stacked tensor whose blocks are outermost: a contiguous (G, B, K), seen as (B, G, K)."""
+    """A stacked tensor whose blocks are outermost: a contiguous (G, B, K), viewed as (B, G, K)."""
     return tensor.movedim(-2, 0).contiguous().movedim(0, -2)
 
 
 def strided_last(tensor):
-    """Every third element: what BLAS cannot address."""
+    """Every third element, which BLAS cannot address."""
     return tensor.new_full((*tensor.shape, 3), torch.nan)[..., 0].copy_(tensor)
 
 
 def expanded(tensor):
-    """The first element of each dimension, everywhere: all strides 0."""
+    """The first element of each dimension, expanded: all strides 0."""
     return tensor[(slice(0, 1),) * tensor.dim()].expand_as(tensor)
 
 
@@ -128,7 +128,7 @@ def test_memory_layouts(target, layout, stacked, dtype, device):
 @pytest.mark.parametrize("reduce", [torch.sum, torch.mean], ids=["sum", "mean"])
 @pytest.mark.parametrize("stacked", [False, True], ids=["concatenated", "stacked"])
 def test_gradient_of_a_reduction(reduce, stacked, device):
-    """Its gradient arrives expanded from one element, with stride 0."""
+    """The gradient arrives expanded from one element, with stride 0."""
     input, weight, bias = make(Problem((6,), 3, 4, 5), torch.float64, device, stacked=stacked)
     actual = torch.autograd.grad(reduce(blockdiag.linear(input, weight, bias)), (input, weight, bias))
     dense = torch.nn.functional.linear(input.flatten(1), torch.block_diag(*weight), bias)
@@ -137,7 +137,7 @@ def test_gradient_of_a_reduction(reduce, stacked, device):
 
 
 def test_input_shared_by_all_blocks(device):
-    """One input, expanded over the blocks: read where it lies, its gradient summed over them."""
+    """One input, expanded over the blocks: read without a copy, and its gradient summed over them."""
     x = torch.randn(8, 6, dtype=torch.float64, device=device, requires_grad=True)
     _, weight, bias = make(Problem((8,), 3, 6, 5), torch.float64, device)
     output = blockdiag.linear(x.unsqueeze(1).expand(8, 3, 6), weight, bias)
@@ -165,7 +165,7 @@ def test_conjugate_and_negative_views(device):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_long_sums_are_as_precise_as_those_of_torch(rows, device):
-    """The error bound of the other tests allows for one chain of additions; over long sums that is too generous."""
+    """The other tests' error bound allows one chain of additions, which is too generous for long sums."""
     length = 100_000
     long, short = torch.randn(rows, length, device=device), torch.randn(24, length, device=device) / length**0.5
 
@@ -173,11 +173,11 @@ def test_long_sums_are_as_precise_as_those_of_torch(rows, device):
         wide = long.double() @ short.double().T
         return (output.double() - wide).square().mean().sqrt()
 
-    # On a GPU both sums are cuBLAS's, which may split one into parts and not the other.
+    # On a GPU cuBLAS computes both sums, and may split only one of them.
     factor = 8 if device == "cpu" else 16
     theirs = error(torch.nn.functional.linear(long, short))
     assert error(blockdiag.linear(long, short.unsqueeze(0))) < factor * theirs
-    # The same products as a gradient of the weight: sums over the batch.
+    # The same products as a weight gradient: sums over the batch.
     if rows > 1:
         gradient = torch.ops.blockdiag.linear_weight_grad(long.T.contiguous(), short.T.contiguous(), [1, rows, 24])
         assert error(gradient[0]) < factor * theirs

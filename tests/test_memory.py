@@ -1,6 +1,6 @@
-"""What a call allocates: its results and, beside them, nothing of their size.
+"""A call allocates its results, and nothing else of their size.
 
-MKL's own packing buffers are out of torch's sight and not counted; they do not grow with the tensors.
+MKL's packing buffers are invisible to torch and not counted; they do not grow with the tensors.
 """
 
 import time
@@ -11,14 +11,14 @@ import torch
 import blockdiag
 from reference import Problem, make
 
-# A part of a result that a tile or a few blocks may take: all of it would be 2 MiB and more.
+# Scratch memory for a tile or a few blocks; a full result takes 2 MiB or more.
 SCRATCH = 1 << 20
-# That cuBLASLt may use for split sums, as ATen allows it; cuBLAS's own is allocated once and kept.
+# cuBLASLt's workspace for split sums, with ATen's limit; cuBLAS's own is allocated once and kept.
 WORKSPACE = 32 << 20
 
 
 def problem_on(device: str) -> Problem:
-    """On CUDA, no tensor but the bias is so small that a copy of it would pass for a workspace."""
+    """On CUDA, every tensor but the bias is too large for a copy to pass for a workspace."""
     return Problem((64,), 4400, 64, 64) if device == "cuda" else Problem((1024,), 8, 256, 256)
 
 
@@ -28,7 +28,7 @@ def allowed_beside_results(device: str) -> int:
 
 
 def allocated(function, device) -> tuple[int, object]:
-    """The most bytes that torch held at once during the call beyond those it held before, and the call's result."""
+    """The peak number of bytes allocated during the call, beyond those before, and the call's result."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -62,7 +62,7 @@ def result_bytes(*tensors) -> int:
 def warm_up(function, device):
     if device == "cuda":
         function()  # cuBLAS's workspace is allocated once and kept
-        time.sleep(0.2)  # autograd's thread lets go of the results a little after the caller has them
+        time.sleep(0.2)  # autograd's thread releases the results slightly after the caller has them
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

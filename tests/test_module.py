@@ -1,4 +1,4 @@
-"""BlockDiagLinear behaves like nn.Linear in everything that handles modules."""
+"""BlockDiagLinear behaves like nn.Linear wherever modules are handled."""
 
 import copy
 import io
@@ -62,14 +62,14 @@ def test_from_dense_keeps_the_diagonal_blocks():
 
 
 def test_initialized_as_its_own_linears():
-    """Uniform within 1 / sqrt(in_block), weight and bias: mean and variance of many samples, and the bound."""
+    """Weight and bias are uniform within 1 / sqrt(in_block): mean and variance of many samples, and the bound."""
     layer = BlockDiagLinear(64 * 25, 64 * 500, 64)
     bound = 1 / math.sqrt(25)
     for parameter, count in ((layer.weight, layer.weight.numel()), (layer.bias, layer.bias.numel())):
         assert parameter.abs().max() <= bound
         assert parameter.mean().abs() < 5 * bound / math.sqrt(3 * count)
         assert abs(parameter.var().item() * 3 / bound**2 - 1) < 5 / math.sqrt(count)
-    assert BlockDiagLinear(0, 4, 2).bias.abs().max() == 0  # as nn.Linear(0, 2)
+    assert BlockDiagLinear(0, 4, 2).bias.abs().max() == 0  # like nn.Linear(0, 2)
 
 
 def test_state_dict_across_devices_and_dtypes(layer):
@@ -147,7 +147,7 @@ def test_weight_norm_and_pruning(device):
 
 
 def test_trains_with_weight_decay_groups(device):
-    """Groups as they are made for nn.Linear: weights decay, biases (one dimension) do not."""
+    """The usual groups for nn.Linear: weights decay, biases (one dimension) do not."""
     torch.manual_seed(0)
     net = nn.Sequential(BlockDiagLinear(12, 24, 4), nn.Tanh(), BlockDiagLinear(24, 4, 4)).to(device)
     decay = [parameter for parameter in net.parameters() if parameter.dim() > 1]
@@ -182,11 +182,11 @@ def test_torch_ops_and_python_are_the_same_op(layer, device):
 
 
 def test_attributes_of_parameters_carry_over():
-    """Such as no_weight_decay, by which users sort parameters; in every conversion of layers, and back."""
+    """Such as no_weight_decay, by which users group parameters: in every conversion of layers, and back."""
     linears = [torch.nn.Linear(4, 4) for _ in range(2)]
     for linear in linears:
         linear.weight.no_weight_decay, linear.bias._optim = True, {"lr": 0.1}
-        linear.weight.mask = torch.ones(4, 4)  # of this shape: not the new weight's
+        linear.weight.mask = torch.ones(4, 4)  # not the shape of the new weight
     layers = [BlockDiagLinear.from_linears(linears), BlockDiagLinear.from_dense(linears[0], 2)]
     for layer in [*layers, *layers[0].to_linears(), layers[1].to_dense()]:
         assert layer.weight.no_weight_decay

@@ -1,4 +1,4 @@
-"""LowRankLinear and MonarchLinear: the dense weight that they show is what they compute with."""
+"""LowRankLinear and MonarchLinear: they compute with the dense weight that they report."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""LowRankConv, built as nn.Conv2d is, or from another convolution: it computes with the weight that it shows."""
+"""LowRankConv, built like nn.Conv2d or from another convolution: it computes with the weight that it reports."""
 
 import copy
 
@@ -27,14 +27,14 @@ def test_convolution_computes_with_its_weight(conv):
         if conv.bias is not None:
             composed.bias.copy_(low_rank.bias)
     torch.testing.assert_close(low_rank(x), composed(x))
-    again = LowRankConv.from_conv(low_rank, rank=1)  # sizes and options from a factorized one
+    again = LowRankConv.from_conv(low_rank, rank=1)  # takes sizes and options from a factorized layer
     assert again(x).shape == conv(x).shape
     assert again.down.padding_mode == conv.padding_mode
 
 
 @pytest.fixture
 def two_threads():
-    """On one, torch computes some convolutions otherwise, and in doing so loses the format of the outputs."""
+    """With one thread, torch computes some convolutions differently, and loses the format of the outputs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -47,12 +47,12 @@ def two_threads():
     [nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv3d(8, 6, 3), nn.Conv3d(8, 8, 1)],
 )
 def test_memory_format_of_convolutions(conv, memory_format, two_threads):
-    """Outputs, too, are laid out as the convolution's; after a conversion, and another."""
+    """Outputs have the convolution's memory format, after one conversion and after two."""
     if conv.weight.dim() == 5 and memory_format == torch.channels_last:
         memory_format = torch.channels_last_3d
     conv = copy.deepcopy(conv).to(memory_format=memory_format)
     layers = [LowRankConv.from_conv(conv, 3)]
-    layers.append(LowRankConv.from_conv(layers[0], 2))  # not 1: torch takes a tensor of one channel for contiguous
+    layers.append(LowRankConv.from_conv(layers[0], 2))  # not 1: torch treats a tensor with one channel as contiguous
     if conv.groups == 1:
         model, _ = blockdiag.compress(nn.Sequential(conv), blockdiag.LowRank(rank=3, min_features=1), progress=False)
         lower, _ = blockdiag.compress(model, blockdiag.LowRank(rank=2), progress=False)
@@ -86,7 +86,7 @@ def test_convolutions_take_over_what_they_are_made_from():
     ("kernel_size", "kind"), [(3, nn.Conv2d), ((3,), nn.Conv1d), ((3, 2), nn.Conv2d), ((1, 2, 3), nn.Conv3d)], ids=str
 )
 def test_dimensions_are_read_off_the_kernel_size(kernel_size, kind):
-    """Options are those of the convolution, in its order; the rank stands where the size of the output does not."""
+    """Options are the convolution's, in its order, after the rank."""
     conv = kind(4, 6, kernel_size, 2, 1, 2, 2, False, "circular", dtype=torch.float64)
     layer = LowRankConv(4, 6, kernel_size, 3, 2, 1, 2, 2, False, "circular", dtype=torch.float64)
     assert type(layer.down) is type(layer.up) is kind

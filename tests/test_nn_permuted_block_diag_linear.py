@@ -97,7 +97,7 @@ def test_bad_inputs():
 
 
 def test_has_blocks():
-    """The layer of the blocks alone is a part, with all that it can do; weight and bias are its own."""
+    """The layer of blocks is a submodule with its full interface; weight and bias are its parameters."""
     layer = PermutedBlockDiagLinear(12, 8, 4, input_permutation=list(range(11, -1, -1)), dtype=torch.float64)
     assert type(layer.blocks) is BlockDiagLinear
     assert layer.weight is layer.blocks.weight
@@ -127,7 +127,7 @@ def test_from_blocks(bias, device):
 
 
 def old_state(layer, prefix=""):
-    """A state dict of version 0.1, in which the layer was itself the layer of the blocks."""
+    """A state dict of version 0.1, in which the layer was a BlockDiagLinear."""
     return OrderedDict((f"{prefix}{key.removeprefix('blocks.')}", value) for key, value in layer.state_dict().items())
 
 

@@ -1,4 +1,4 @@
-"""Export to ONNX: onnxruntime, which has no operator of ours, computes the same."""
+"""Export to ONNX: onnxruntime, without operators of ours, gives the same results."""
 
 import subprocess
 import sys
@@ -63,7 +63,7 @@ def test_empty_batches(bias, empty):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_module(case):
-    """Exported by torch.onnx.export alone."""
+    """Exports by torch.onnx.export without a table."""
     module, inputs = initialized(case), case.inputs(3)
     batch = {0: torch.export.Dim("batch")}
     program = torch.onnx.export(module, inputs, dynamo=True, dynamic_shapes=(batch,) * len(inputs), verbose=False)
@@ -98,7 +98,7 @@ def test_registered_once():
 
 
 def test_what_cannot_be_registered_names_the_table(monkeypatch):
-    """In another version of torch, whose registry is another."""
+    """As in another version of torch, with another registry."""
     registry = "torch.onnx._internal.exporter._torchlib._torchlib_registry"
     monkeypatch.setitem(sys.modules, registry, None)
     with pytest.warns(

@@ -1,4 +1,4 @@
-"""Parameters that take over a permutation keep their place; optimizer state that does not map is dropped."""
+"""Parameters that take over a permutation are changed in-place; optimizer state that does not map is dropped."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ def permuted(model, layers="0", **arguments):
 
 @pytest.mark.parametrize("layers", ["0", "2"])
 def test_a_neighbor_keeps_its_parameters(layers):
-    """Identity, gradients, hooks of modules and requires_grad; and whoever holds it trains it."""
+    """Identity, gradients, module hooks and requires_grad; every holder of the parameter keeps training it."""
     neighbor = 2 if layers == "0" else 0
     model = mlp(8, 8, 8)
     model[neighbor].weight.mask = torch.arange(64.0, dtype=torch.float64).view(8, 8)
@@ -36,7 +36,7 @@ def test_a_neighbor_keeps_its_parameters(layers):
     assert not parameters[1].requires_grad
     weight = parameters[0].detach()
     assert not torch.equal(weight, old.weight)
-    # Values, gradient and mask went the same way.
+    # Values, gradient and mask are permuted alike.
     where = torch.stack([(old.weight == value).nonzero()[0] for value in weight.flatten()])
     for tensor, was in ((grad, before), (parameters[0].mask, torch.arange(64.0, dtype=torch.float64).view(8, 8))):
         assert torch.equal(tensor.flatten(), was[where[:, 0], where[:, 1]])
@@ -47,7 +47,7 @@ def test_a_neighbor_keeps_its_parameters(layers):
 
 
 def test_an_optimizer_that_is_handed_over_follows_the_neighbor():
-    """Training goes on as it would have: its moments are in the new order too."""
+    """Training continues as without the conversion: the moments are permuted too."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     model[0].weight.data = torch.block_diag(*torch.randn(2, 4, 4).double())[torch.randperm(8)][:, torch.randperm(8)]
@@ -103,7 +103,7 @@ def test_interrupted_while_a_neighbor_is_reordered(monkeypatch):
 
 
 class Preconditioned(torch.optim.Optimizer):
-    """What SOAP, Shampoo and PSGD have in common: state for each dimension of a parameter, kept one way or another."""
+    """As SOAP, Shampoo and PSGD: state for each dimension of a parameter, in different containers."""
 
     def __init__(self, params, keep):
         super().__init__(params, {"lr": 1e-3})
@@ -158,7 +158,7 @@ class Factors:
 @pytest.mark.parametrize("keep", ["list", "tuple", "dict", "keys", "object"])
 @pytest.mark.parametrize("convert", ["replace", "permute", "neighbor", "low rank", "lower", "attention"])
 def test_optimizers_with_preconditioners(convert, keep, bias):
-    """Square weights are the hardest: a preconditioner has their shape, and is not made of their entries."""
+    """Square weights are the hardest case: a preconditioner has their shape, but does not hold values per entry."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias), nn.Tanh(), nn.Linear(8, 8, bias))
     if convert == "lower":
@@ -195,7 +195,7 @@ def test_optimizers_with_preconditioners(convert, keep, bias):
 
 def test_elementwise_state_of_other_optimizers_is_kept():
     class Lion(torch.optim.SGD):
-        """Of another library, by its module's name."""
+        """From another library, by its module's name."""
 
     model = mlp(8, 8, 6)
     optimizer = Lion(model.parameters(), lr=0.1, momentum=0.9)

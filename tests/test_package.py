@@ -1,4 +1,4 @@
-"""Loading, reporting, and what is said when something does not fit."""
+"""Loading, the environment report, and messages about mismatches."""
 
 import importlib.metadata
 import os
@@ -30,7 +30,7 @@ def test_version_stands_in_one_file():
 
 
 def test_import_exposes_what_it_says():
-    """Nothing but the names of ``__all__``: no helper, and no module that is imported along the way."""
+    """Only the names of ``__all__``: no helpers, and no modules imported along the way."""
     code = """if True:
         import blockdiag
         assert [name for name in dir(blockdiag) if not name.startswith("_")] == sorted(blockdiag.__all__)
@@ -46,7 +46,7 @@ def test_import_exposes_what_it_says():
 
 
 def test_imported_again(tmp_path):
-    """As Jupyter's autoreload and plugins of pytest do: each module reloaded, then all deleted and imported anew."""
+    """As Jupyter's autoreload and pytest plugins do: each module reloaded, then all deleted and imported again."""
     code = """if True:
         import importlib, sys, warnings
         import torch, blockdiag, blockdiag.distributed
@@ -76,11 +76,11 @@ def test_imported_again(tmp_path):
     tuning = str(tmp_path / "tuning.json")
     result = run(sys.executable, "-W", "error:duplicate", "-c", code, cwd=tmp_path, BLOCKDIAG_TUNE=tuning)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("there is nothing to tune") <= 1  # from the environment once, not at each import
+    assert result.stderr.count("there is nothing to tune") <= 1  # for the environment variable once, not at each import
 
 
 def test_version_of_the_installed_package():
-    """It tells the torch that the package was built for, and whether that is with CUDA."""
+    """It includes the torch that the package was built for, and whether with CUDA."""
     try:
         installed = importlib.metadata.version("torch-blockdiag")
     except importlib.metadata.PackageNotFoundError:
@@ -100,7 +100,7 @@ def test_report():
 
 @pytest.fixture
 def copied_package(tmp_path):
-    """A copy of the package to damage, and how to import it."""
+    """A copy of the package to damage, and a function that imports it."""
     package = tmp_path / "blockdiag"
     shutil.copytree(Path(blockdiag.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -123,7 +123,7 @@ def test_missing_module(copied_package):
 
 
 def test_built_for_another_torch(copied_package):
-    """The module is not loaded: it is refused by the version that it was built for, before it can crash."""
+    """The module is rejected by the version that it was built for before it is loaded, as it could crash."""
     module, import_it = copied_package
     built_for = blockdiag.build_info()["torch"]
     other = "1" + built_for[1:]
@@ -147,14 +147,14 @@ def test_module_that_does_not_load(copied_package):
 
 
 def report_of(folder):
-    """What `python -m blockdiag` prints in a folder, and its status."""
+    """The output of `python -m blockdiag` in a folder, and its exit status."""
     result = run(sys.executable, "-m", "blockdiag", cwd=folder, PYTHONPATH="")
     assert "Traceback" not in result.stderr, result.stderr
     return result.stdout, result.returncode
 
 
 def test_report_where_the_import_fails(copied_package):
-    """Of another torch, and of a module that is damaged or missing."""
+    """For another torch, and for a damaged or missing module."""
     module, _ = copied_package
     folder = module.parent.parent
     built_for = blockdiag.build_info()["torch"].encode()
@@ -176,7 +176,7 @@ def test_report_where_the_import_fails(copied_package):
 
 
 def test_report_without_torch(copied_package, tmp_path):
-    """None, and one whose libraries are missing."""
+    """No torch, and one whose libraries are missing."""
     broken = tmp_path / "torch"
     broken.mkdir()
     for raised, said in (
@@ -190,7 +190,7 @@ def test_report_without_torch(copied_package, tmp_path):
 
 
 def test_source_folder_before_the_installed_package(copied_package, tmp_path):
-    """After `pip install .`, in the clone: the report is of what is installed, the import says what is in its way."""
+    """After `pip install .`, in the clone: the report covers the installed package; the import error explains why."""
     module, _ = copied_package
     sources = tmp_path / "sources"
     (sources / "csrc").mkdir(parents=True)
@@ -203,7 +203,7 @@ def test_source_folder_before_the_installed_package(copied_package, tmp_path):
             assert f"imported from {module.parent}\n" in result.stdout
         else:
             assert f"before the installed package in {module.parent}. Run Python in another folder" in result.stderr
-    # A module beside the sources is not replaced by installing the package elsewhere.
+    # Installing the package elsewhere does not replace a module beside the sources.
     shutil.copy(module, sources / "blockdiag")
     (sources / "blockdiag" / module.name).write_bytes(b"not a library")
     result = run(sys.executable, "-c", "import blockdiag", cwd=sources, PYTHONPATH=str(tmp_path))
@@ -215,7 +215,7 @@ def test_source_folder_before_the_installed_package(copied_package, tmp_path):
     "command", [["-m", "blockdiag"], ["-c", "from blockdiag.nn.block_diag_linear import BlockDiagLinear"]]
 )
 def test_the_other_blockdiag(copied_package, init, command):
-    """The package that draws diagrams has overwritten our __init__.py, or taken it along when it was uninstalled."""
+    """The package that draws diagrams has overwritten our __init__.py, or removed it when uninstalled."""
     module, _ = copied_package
     path = module.parent / "__init__.py"
     path.unlink() if init is None else path.write_text(init)
@@ -238,7 +238,7 @@ def test_import_without_torch():
 
 
 def test_build_without_torch():
-    """What pip shows of setup.py in an isolated build."""
+    """setup.py in an isolated build."""
     hide = (
         "import importlib.util as u, runpy; find = u.find_spec; "
         "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest); "
@@ -262,7 +262,7 @@ def test_build_without_torch():
     ids=["pip", "build", "uv"],
 )
 def test_isolated_build(tmp_path, folder, said):
-    """The environment of the build has no torch, which says nothing of the user's."""
+    """The build environment has no torch, which says nothing about the user's."""
     code = (
         "import importlib.util as u, runpy; find = u.find_spec; "
         "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest); "
@@ -277,7 +277,7 @@ def test_isolated_build(tmp_path, folder, said):
 
 @pytest.mark.parametrize("force_cuda", ["0", "1"])
 def test_nvcc_of_another_major_version(tmp_path, force_cuda):
-    """Both versions are said, and the way without CUDA, before torch compares them. Another minor version will do."""
+    """The error names both versions and the CPU build, before torch compares them. Another minor version is fine."""
     nvcc = tmp_path / "bin/nvcc"
     nvcc.parent.mkdir()
     code = (
@@ -314,7 +314,7 @@ def test_force_cuda_without_a_cuda_torch():
 
 @pytest.mark.parametrize("gemm", ["aten", "mkl", "avx2", "avx512", "avx512_bf16"])
 def test_every_cpu_gemm(gemm):
-    """What computes on another CPU computes the same: the tests of values and layouts again."""
+    """Every CPU library gives the same results: repeats the tests of values and layouts."""
     chosen = run(
         sys.executable, "-c", "import blockdiag; print(blockdiag.build_info()['cpu_gemm'])", BLOCKDIAG_CPU_GEMM=gemm
     )

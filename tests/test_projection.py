@@ -1,4 +1,4 @@
-"""Projections against what theory says about their errors, and against a search for something better."""
+"""Projections against the theory of their errors, and against a numerical search for better ones."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def composed(first, second, num_blocks, rank):
 
 @pytest.mark.parametrize(("num_blocks", "rank"), STRUCTURES)
 def test_monarch_projection_is_the_closed_form_optimum(num_blocks, rank):
-    """By Eckart and Young the squared error is the sum of the squared singular values left out of every submatrix."""
+    """By Eckart and Young the squared error is the sum of the squared singular values dropped from every submatrix."""
     weight = torch.randn(24, 36, dtype=torch.float64)
     result = composed(*projection.monarch(weight, num_blocks, rank, None), num_blocks, rank)
     left_out = 0.0
@@ -51,7 +51,7 @@ def test_projection_recovers_what_has_the_structure(num_blocks, rank):
 
 @pytest.mark.parametrize(("num_blocks", "rank"), STRUCTURES)
 def test_projection_on_outputs_is_a_local_optimum(num_blocks, rank):
-    """No worse than the projection of the weight, and gradient descent on the factors finds nothing better."""
+    """It is no worse than the projection of the weight, and gradient descent on the factors does not improve it."""
     weight, second = torch.randn(24, 36, dtype=torch.float64), random_second(36, 500)
     factors = projection.monarch(weight, num_blocks, rank, second, sweeps=1000, tolerance=1e-7)
 
@@ -81,7 +81,7 @@ def composed_differentiably(first, second, num_blocks, rank):
 
 @pytest.mark.parametrize(("num_blocks", "rank"), STRUCTURES)
 def test_projection_on_fewer_inputs_than_features(num_blocks, rank):
-    """The second moment is singular; every sweep lowers the error all the same."""
+    """The second moment is singular; every sweep still lowers the error."""
     weight, second = torch.randn(24, 36, dtype=torch.float64), random_second(36, 20)
     errors = []
     for sweeps in (1, 2, 4, 8):
@@ -94,7 +94,7 @@ def test_projection_on_fewer_inputs_than_features(num_blocks, rank):
 
 
 def test_low_rank_on_outputs_is_the_optimum():
-    """W C^1/2 has the rank of its projection: the error is that of its singular values, whatever W."""
+    """The error is that of the singular values of W C^1/2, for every W."""
     weight, second = torch.randn(24, 36, dtype=torch.float64), random_second(36, 200)
     first, up = projection.monarch(weight, (1, 1), 5, second)
     singular = torch.linalg.svdvals(weight @ torch.linalg.cholesky(second))

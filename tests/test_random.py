@@ -1,4 +1,4 @@
-"""Random shapes, strides and dtypes: what the tables of the other tests did not think of."""
+"""Random shapes, strides and dtypes, beyond the other tests' tables."""
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -28,13 +28,13 @@ def strided(draw, shape, dtype, device):
     return view.expand(shape)
 
 
-# The fixture `device` is only a name, the same for all examples.
+# The fixture `device` is only a name, and equal for all examples.
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), problem=problems, stacked=st.booleans(), bias=st.sampled_from([None, False, True]))
 def test_random_problems(data, problem, stacked, bias, device):
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
     if problem.num_blocks * problem.in_block == problem.in_block:
-        stacked = False  # where both layouts fit, the op takes the input as concatenated
+        stacked = False  # if both layouts fit, the op reads the input as concatenated
     input = data.draw(strided(problem.input_shape(stacked), dtype, device), label="input")
     weight = data.draw(strided(problem.weight_shape, dtype, device), label="weight")
     arguments = [input, weight]

@@ -1,4 +1,4 @@
-"""Forwards that were replaced, and parameters tied by their memory: refused wherever they would be lost."""
+"""Replaced forwards, and parameters tied by aliasing, are rejected wherever they would be lost."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ class Called(nn.Linear):
 
 
 class Named(nn.Linear):
-    """Another class, but not another forward."""
+    """Another class with the same forward."""
 
 
 def by_lambda(layer):
@@ -49,7 +49,7 @@ def by_method(layer):
 
 
 def by_accelerate(layer):
-    """As accelerate's hooks do it."""
+    """Replaces the forward as accelerate's hooks do."""
     layer._old_forward = layer.forward
     layer.forward = functools.update_wrapper(
         functools.partial(lambda module, x: 2 * module._old_forward(x), layer), layer._old_forward
@@ -150,7 +150,7 @@ def test_replaced_forwards_of_layers_to_convert(change):
 
 @pytest.mark.parametrize("by", ["forward", "hook"])
 def test_no_permutation_is_folded_through_a_replaced_forward(by):
-    """Of an activation, here with one by which the order of the features matters."""
+    """Of an activation, here by one for which the order of the features matters."""
     model = mlp(8, 8, 8)
     if by == "hook":
         model[1].register_forward_hook(lambda module, args, output: torch.cumsum(args[0], -1))
@@ -164,7 +164,7 @@ def test_no_permutation_is_folded_through_a_replaced_forward(by):
 
 
 def test_a_forward_that_holds_the_model_is_not_copied():
-    """A copy's would go on calling the layers of the model that it was copied from."""
+    """A copy would keep calling the layers of the original model."""
     model = nn.Sequential(mlp(8, 8), nn.Linear(8, 8).double())
     by_lambda(model[0])
     with unchanged(model), pytest.raises(ValueError, match="'0' has a forward of its own that calls the model's"):
@@ -209,10 +209,10 @@ def test_weights_tied_by_their_memory(make, inplace):
         lambda: compress(model, BlockDiagonal(2), inplace=inplace, progress=False),
         lambda: compress(model, LowRank(min_features=0), inplace=inplace, progress=False),
     ):
-        with unchanged(model), pytest.raises(ValueError, match="lie in one memory without being one Parameter"):
+        with unchanged(model), pytest.raises(ValueError, match="share memory without being one Parameter"):
             convert()
     if make in (tied, transposed):
-        with pytest.raises(ValueError, match=r"stack_models: '0.weight' and '2.weight' lie in one memory"):
+        with pytest.raises(ValueError, match=r"stack_models: '0.weight' and '2.weight' share memory"):
             stack_models([model, make()])
 
 
@@ -222,12 +222,12 @@ def test_ties_elsewhere_stay_in_a_copy():
     new, _ = compress(model, BlockDiagonal(2, permute=True), "3", progress=False)
     assert new[0].weight.data_ptr() == new[2].weight.data_ptr() != model[0].weight.data_ptr()
     assert [p.requires_grad for p in new.parameters()] == [True, False, True, True]
-    assert new[3].input_permutation is not None  # nothing is folded into what is tied
+    assert new[3].input_permutation is not None  # nothing is folded into tied parameters
     torch.testing.assert_close(new[0].weight, model[0].weight)
 
 
 def test_slices_of_one_memory_are_not_tied():
-    """As of flattened parameters, and columns of one matrix."""
+    """For example, flattened parameters, and columns of one matrix."""
     flat, wide = torch.randn(128, dtype=torch.float64), torch.randn(8, 16, dtype=torch.float64)
     for slices in ((flat[:64].view(8, 8), flat[64:].view(8, 8)), (wide[:, :8], wide[:, 8:])):
         model = mlp(8, 8, 8, bias=False)
@@ -251,11 +251,11 @@ def test_pruned_attention_and_hooks_inside_layers():
         compress(factored, LowRank(rank=1), progress=False)
 
 
-# ---- what a trace cannot see is not folded through
+# ---- nothing is folded through code that a trace cannot see
 
 
 class Asks(nn.Module):
-    """Scales the features where the answer is what it is with tensors."""
+    """Scales the features if a query has the answer that it has for tensors."""
 
     def __init__(self, question):
         super().__init__()
@@ -327,7 +327,7 @@ def test_nothing_is_folded_past_a_hook_that_sees_the_features_in_an_object(wrap)
 
 @pytest.mark.parametrize("kind", ["buffer", "attribute"])
 def test_nothing_is_folded_into_a_layer_with_a_mask(kind):
-    """The mask would stay in the old order."""
+    """The mask would keep the old order."""
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
     mask = (torch.rand(12, 1) > 0.5).float()
     if kind == "buffer":

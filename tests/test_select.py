@@ -1,4 +1,4 @@
-"""Which layers compress takes: patterns, functions and mappings, and layers that are compressed already."""
+"""Selection of layers: patterns, functions and mappings, and layers that are already compressed."""
 
 import re
 import warnings
@@ -84,7 +84,7 @@ def test_a_mapping_of_patterns_to_configs():
 
 
 def test_a_config_that_does_not_take_what_its_pattern_matches():
-    """It decides all the same, and the report tells."""
+    """The pattern still decides, and the report explains."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3))
     new, report = compress(model, {"*": BlockDiagonal(2), nn.Conv1d: LOW_RANK}, progress=False)
     assert [type(layer) for layer in new] == [BlockDiagLinear, nn.Conv1d]
@@ -124,7 +124,7 @@ def test_layers_that_share_a_weight_need_equal_configs():
 
 
 def test_layers_that_are_compressed_already():
-    """Their ranks are lowered by a config of their kind, beside dense layers in one call; others are left alone."""
+    """A config of their kind lowers their ranks, together with dense layers in one call; others are left alone."""
     model = mlp(24, 24, 24, 24, 24)
     configs = {"0": BlockDiagonal(4), "2": LowRank(rank=8, min_features=0), "4": Monarch(4, rank=2, min_features=0)}
     start, _ = compress(model, configs, progress=False)
@@ -135,7 +135,7 @@ def test_layers_that_are_compressed_already():
         "0": "compressed already: LowRank takes no BlockDiagLinear",
         "4": "compressed already: LowRank takes no MonarchLinear",
     }
-    new, report = compress(start, LowRank(rank=4), progress=False)  # min_features is of dense layers
+    new, report = compress(start, LowRank(rank=4), progress=False)  # min_features applies to dense layers
     assert new[2].rank == 4
     assert report.skipped["6"] == "fewer than 256 features"
     for blocks in (None, 4, (4, 4)):
@@ -167,7 +167,7 @@ def test_nothing_but_layers_that_are_compressed_already():
 
 
 def test_kinds_of_their_own():
-    """A new kind of layer is a config that nothing else knows of."""
+    """A new kind of layer needs only a new config."""
 
     class Halved(nn.Linear):
         pass

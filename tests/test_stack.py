@@ -1,4 +1,4 @@
-"""stack_models: the same outputs and gradients as the models alone, and the same models back."""
+"""stack_models: the same outputs and gradients as the separate models, and the same models back."""
 
 import copy
 
@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
 
 def trained(make, count=4, dtype=torch.float32):
-    """Models whose statistics, too, differ."""
+    """Models whose statistics also differ."""
     models = [make().to(dtype) for _ in range(count)]
     for model in models:
         for _ in range(3):
@@ -53,7 +53,7 @@ def trained(make, count=4, dtype=torch.float32):
 def test_computes_what_its_models_compute(training, dtype, device):
     models = [model.to(device).train(training) for model in trained(make_mlp, dtype=dtype)]
     for model in models:
-        model[4].p = 0.0  # dropout draws other numbers
+        model[4].p = 0.0  # dropout draws different numbers
     stacked = stack_models(models)
     alone = [copy.deepcopy(model) for model in models]
     x = torch.randn(7, 3, 4, dtype=dtype, device=device)
@@ -69,12 +69,12 @@ def test_computes_what_its_models_compute(training, dtype, device):
     torch.testing.assert_close(
         stacked(each, stacked=True), torch.stack([model(part) for model, part in zip(alone, each, strict=True)])
     )
-    for model, back in zip(alone, stacked.to_models(), strict=True):  # statistics learnt since are there too
+    for model, back in zip(alone, stacked.to_models(), strict=True):  # includes statistics learned since
         torch.testing.assert_close(back.state_dict(), model.state_dict())
 
 
 def _models_of_grads(stacked):
-    """The gradients, taken apart as the parameters would be."""
+    """The gradients, split like the parameters."""
     carrier = copy.deepcopy(stacked)
     for parameter, source in zip(carrier.parameters(), stacked.parameters(), strict=True):
         parameter.data.copy_(source.grad)
@@ -98,7 +98,7 @@ def test_round_trip_is_exact(make):
     if make is Residual:
         assert back[0].again is back[0].first
         assert back[1].first is not back[0].first
-    # Training what came back or what was stacked leaves the others alone.
+    # Training the returned or the stacked models does not affect the others.
     before = [copy.deepcopy(model.state_dict()) for model in models]
     for parameter in stacked.parameters():
         parameter.data.add_(1)
@@ -245,7 +245,7 @@ def test_a_module_that_is_used_twice_at_the_top(shared, flatten):
 
 
 class CentersInTraining(nn.Module):
-    """Over dimension 1, which is another one where models are stacked."""
+    """Centers over dimension 1, which is a different one in stacked models."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The layer in the parts of PyTorch that have no test file of their own."""
+"""The layer in parts of PyTorch without a test file of their own."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def x(device):
 
 
 def test_flops_are_counted(layer, x):
-    """As those of the blocks' own linear layers: 2 B G K N, forward, for the input's gradient and for the weight's."""
+    """As for linear layers of the blocks: 2 B G K N each for the forward, the input's gradient and the weight's."""
     blocks = layer.to_linears()
     with FlopCounterMode(display=False) as loop:
         torch.cat([block(part) for block, part in zip(blocks, x.chunk(4, -1), strict=True)], -1).sum().backward()
@@ -35,7 +35,7 @@ def test_flops_are_counted(layer, x):
 
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
 def test_selective_checkpointing(policy, layer, x):
-    """A policy sees the op, and what it saves is not computed again."""
+    """A policy sees the op, and saved results are not recomputed."""
     seen = []
 
     def choose(context, op, *args, **kwargs):
@@ -84,7 +84,7 @@ def test_jagged_inputs_that_are_not_rows_one_after_the_other(layer, device):
 
 
 @pytest.mark.parametrize(
-    ("convert", "way_round"),
+    ("convert", "workaround"),
     [
         (torch.Tensor.to_sparse, "to_dense"),
         (torch.Tensor.to_sparse_csr, "to_dense"),
@@ -94,12 +94,12 @@ def test_jagged_inputs_that_are_not_rows_one_after_the_other(layer, device):
     ],
     ids=["sparse", "csr", "mkldnn", "quantized", "nested"],
 )
-def test_other_layouts_are_refused(convert, way_round):
+def test_other_layouts_are_refused(convert, workaround):
     blocks, x = BlockDiagLinear(12, 20, 4), torch.randn(5, 12)
     permuted = PermutedBlockDiagLinear(12, 20, 4, list(range(11, -1, -1)), list(range(19, -1, -1)))
     for layer, requires_grad in itertools.product((permuted, blocks), (False, True)):
         layer.requires_grad_(requires_grad)
-        with pytest.raises(NotImplementedError, match=f"blockdiag::linear: expected dense strided.*{way_round}"):
+        with pytest.raises(NotImplementedError, match=f"blockdiag::linear: expected dense strided.*{workaround}"):
             layer(convert(x))
     with pytest.raises(NotImplementedError, match="to_dense"):
         torch.ops.blockdiag.linear(x, layer.weight.detach().to_sparse())
@@ -107,7 +107,7 @@ def test_other_layouts_are_refused(convert, way_round):
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_matmul_precision(precision):
-    """On a CPU float32 is multiplied as float32, whatever torch.set_float32_matmul_precision allows."""
+    """On a CPU, float32 products stay float32, whatever torch.set_float32_matmul_precision allows."""
     layer, x = BlockDiagLinear(4 * 256, 4 * 256, 4), torch.randn(64, 4 * 256)
     expected = layer.double()(x.double()).float()
     before = torch.get_float32_matmul_precision()
@@ -145,9 +145,9 @@ def test_construction_elsewhere(device):
 
 
 def test_parametrizations(layer, x):
-    normalised = torch.nn.utils.parametrizations.weight_norm(layer, "weight", dim=0)
-    normalised(x).sum().backward()
-    assert all(parameter.grad is not None for parameter in normalised.parameters())
+    normalized = torch.nn.utils.parametrizations.weight_norm(layer, "weight", dim=0)
+    normalized(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in normalized.parameters())
 
 
 def test_grad_scaler_skips_an_overflowing_step(layer, x, device):

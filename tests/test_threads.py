@@ -1,4 +1,4 @@
-"""Threads and processes: many on one layer at once, and layers that cross into other processes."""
+"""Threads and processes: many on one layer at once, and layers sent to other processes."""
 
 import sys
 import threading
@@ -21,7 +21,7 @@ def gradients(layer, x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_many_threads_on_one_layer(dtype, device):
-    """A soak: threads that run forward and backward passes of several sizes at once get what one thread gets."""
+    """A soak test: threads that run forward and backward passes of several sizes get the same results as one thread."""
     layer = BlockDiagLinear(8 * 33, 8 * 20, 8, device=device, dtype=dtype)
     inputs = [torch.randn(batch, 8 * 33, device=device, dtype=dtype, requires_grad=True) for batch in (1, 7, 64, 200)]
     expected = [gradients(layer, x) for x in inputs]
@@ -59,7 +59,7 @@ def test_threads_add_to_one_gradient(device):
 
 
 class Features(Dataset):
-    """Computes its samples by a layer, as a frozen feature extractor in a data pipeline does."""
+    """Computes its samples with a layer, like a frozen feature extractor in a data pipeline."""
 
     def __init__(self, layer: BlockDiagLinear) -> None:
         self.layer = layer
@@ -76,7 +76,7 @@ class Features(Dataset):
 def test_data_loader_workers(context):
     layer = BlockDiagLinear(8 * 33, 8 * 20, 8)
     dataset = Features(layer)
-    expected = torch.stack([dataset[index] for index in range(len(dataset))])  # and the parent's threads have started
+    expected = torch.stack([dataset[index] for index in range(len(dataset))])  # also starts the parent's threads
     loader = DataLoader(dataset, batch_size=4, num_workers=2, multiprocessing_context=context, timeout=120)
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(spec is None, reason="torch-uncertainty is not i
 
 @pytest.fixture(scope="module", autouse=True)
 def packed():
-    """The module of packed layers; alone, where the rest of the library's dependencies is not installed."""
+    """The module of packed layers; alone, if the library's other dependencies are not installed."""
     try:
         yield importlib.import_module("torch_uncertainty.layers.packed")
         return
@@ -37,7 +37,7 @@ def packed():
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """How many arguments our op took; afterwards nothing is installed."""
+    """Records whether our op takes each call; uninstalls afterwards."""
     taken, is_ours = [], integration._is_ours
 
     def spy(*arguments):
@@ -67,7 +67,7 @@ def assert_same_installed(layer, *inputs):
     with integration.installed():
         actual = outputs_and_grads(layer, *inputs)
     for name, parameter in layer.named_parameters():
-        if parameter.layout != torch.strided:  # the library's gradient has what is outside of the blocks, too
+        if parameter.layout != torch.strided:  # the library's gradient includes elements outside of the blocks
             expected[2][name] = expected[2][name] * (dense(parameter.detach()) != 0)
     torch.testing.assert_close(actual, expected)
 
@@ -106,7 +106,7 @@ def test_packed_attention(packed, calls, options, inputs):
         options = {}
     layer = packed.PackedMultiheadAttention(24, 2, alpha=2, num_estimators=2, batch_first=True, **options).double()
     for parameter in layer.parameters():
-        nn.init.normal_(parameter)  # the library leaves bias_k and bias_v as they come from memory
+        nn.init.normal_(parameter)  # the library leaves bias_k and bias_v uninitialized
     sizes = {
         "self": [48],
         "key is value": [48, 48],
@@ -246,7 +246,7 @@ def test_the_sparse_implementation_trains(packed, calls):
             losses.append(loss.item())
         assert losses[-1] < losses[0]
         assert calls == [True] * 5
-        # An element that is exactly zero is none of the sparse weight: left to the library.
+        # An exact zero is not an element of the sparse weight: falls back to the library.
         weight = layer.weight.detach().to_dense()
         weight[0, 0] = 0
         layer.weight = nn.Parameter(weight.to_sparse())
@@ -256,7 +256,7 @@ def test_the_sparse_implementation_trains(packed, calls):
 
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "sparse"])
 def test_meta_device(packed, calls, implementation):
-    """Made there by argument or context, run, and filled by a state dict, of any form, on any device."""
+    """Created there by argument or context, run, and filled by a state dict of any form, on any device."""
     with integration.installed():
         state = packed.PackedLinear(16, 16, 2, 2, implementation=implementation).state_dict()
         for way in ("argument", "context"):

@@ -1,4 +1,4 @@
-"""Hugging Face's Conv1D, without the library: the class as it is there, under its name."""
+"""Hugging Face's Conv1D without the library: an equivalent class with the same name."""
 
 import pytest
 import torch

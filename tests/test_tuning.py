@@ -1,4 +1,4 @@
-"""Choosing how a GPU computes: the library, and the file that keeps measured choices."""
+"""The choice of the GPU library, and the file of measured choices."""
 
 import json
 import os
@@ -74,7 +74,7 @@ class TestPreferredLibrary:
             pytest.skip("this build has CUDA")
         with pytest.raises(RuntimeError, match="expected a build of blockdiag with CUDA"):
             blockdiag.backends.cuda.preferred_blas_library()
-        with blockdiag.backends.tune():  # a program that tunes runs everywhere
+        with blockdiag.backends.tune():  # a program that tunes runs on every build
             pass
 
 
@@ -95,7 +95,7 @@ class TestFile:
         assert path.stat().st_ino == written, "there was nothing new to write"
 
     def test_what_is_new_is_added(self, cublaslt, tmp_path):
-        """To what other environments and other processes wrote, also meanwhile."""
+        """To the choices that other environments and other processes wrote, even meanwhile."""
         path = tmp_path / "tuning.json"
         foreign = environment([choice()], torch="1.0")
         other_device = environment([choice(m=201)], device="Another")
@@ -165,7 +165,7 @@ class TestFile:
         assert len(extension.choices()) == known + 1
 
     def test_a_file_that_cannot_be_written_does_not_end_the_program(self, cublaslt, tmp_path):
-        """The folder is gone; what the user raised is not replaced."""
+        """The folder is gone; the user's exception is not replaced."""
         folder = tmp_path / "folder"
         folder.mkdir()
 

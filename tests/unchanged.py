@@ -1,4 +1,4 @@
-"""Everything about a model that a conversion of a copy, a dry run or a failure must leave as it is."""
+"""State of a model that the conversion of a copy, a dry run or a failure must not change."""
 
 import contextlib
 import pickle
@@ -11,7 +11,7 @@ from torch.nn.modules import module as nn_module
 
 
 def _value(value):
-    """Tensors by what they are and hold, containers by what is in them, all else by identity."""
+    """Tensors by type and values, containers by content, everything else by identity."""
     if isinstance(value, torch.Tensor):
         attributes = {name: _value(inside) for name, inside in vars(value).items()}
         grad = None if not value.is_leaf or value.grad is None else _value(value.grad)
@@ -25,7 +25,7 @@ def _value(value):
 
 
 def snapshot(*things):
-    """What modules and optimizers hold, and the state of the process beside them."""
+    """The state of modules and optimizers, and of the process."""
     held = []
     for thing in things:
         for part in thing.modules() if isinstance(thing, nn.Module) else [thing]:
@@ -47,7 +47,7 @@ def _stance():
 
 @contextlib.contextmanager
 def unchanged(*things):
-    """These modules and optimizers, and random state, hooks and modes of the process, are afterwards as before."""
+    """Asserts that modules, optimizers, and the process's random state, hooks and modes do not change."""
     before = snapshot(*things)
     yield
     after = snapshot(*things)

@@ -1,1 +1,1 @@
-"""Taking models apart and putting them together: copies, traces, shared parameters, optimizers."""
+"""Model surgery: copies, traces, shared parameters, optimizers."""

@@ -1,8 +1,8 @@
-"""Copies of models: to convert, or to run the user's code on without side effects on the user's model.
+"""Copies of models: to convert, or to run user code on without side effects on the original.
 
-Calibration runs a whole copy, parameters included, although that takes their memory once more: a forward, or `eval`,
-may write to parameters too, as layers that merge adapters do. Writes to ``.data`` can neither be detected, as they do
-not increment the version, nor undone without a copy. The moments of square layers take more memory than that.
+Calibration runs a full copy, at the cost of the parameters' memory: a forward, or `eval`, may write to parameters, as
+layers that merge adapters do. Writes to ``.data`` do not increment the version, so they can neither be detected nor
+undone without a copy. The moments of square layers take more memory than that.
 """
 
 import copy
@@ -40,14 +40,14 @@ HOOKS = (
 
 
 def duplicate(model: nn.Module, *, hooks: bool = True) -> Any:
-    """A deep copy that, unlike Python's own, keeps memory that tensors share and attributes of parameters.
+    """A deep copy that, unlike Python's, preserves aliasing of tensors and attributes of parameters.
 
     Args:
         model: any module.
-        hooks: whether the copy has the hooks too. It always has those by which torch.nn.utils computes weights.
+        hooks: whether to copy hooks. Those by which torch.nn.utils computes weights are always copied.
 
     Raises:
-        ValueError: the forward of one of its modules was replaced by one that refers to the model's own modules.
+        ValueError: a module's forward was replaced by one that refers to the model's own modules.
     """
     named = list(tensors_of(model))
     storages = {storage_key(t): t.untyped_storage().clone() for (_, t), _ in ties(named)}
@@ -62,7 +62,7 @@ def duplicate(model: nn.Module, *, hooks: bool = True) -> Any:
 
 
 def duplicate_on_meta(model: nn.Module) -> Any:
-    """As :func:`duplicate` without hooks, but on the meta device, where parameters and buffers take no memory."""
+    """Like :func:`duplicate` without hooks, but on the meta device, where parameters and buffers take no memory."""
     copies = {id(t): _as_parameter(_on_meta(t), t) for _, t in tensors_of(model) if not is_lazy(t)}
     return _deep_copy(model, copies, _on_meta, hooks=False)
 
@@ -70,7 +70,7 @@ def duplicate_on_meta(model: nn.Module) -> Any:
 def _deep_copy(
     model: nn.Module, copies: dict[int, Tensor], copy_activation: Callable[[Tensor], Tensor], hooks: bool
 ) -> Any:
-    """A deep copy with the given copies of some tensors, by the id of these."""
+    """A deep copy that uses the given copies of some tensors, by their ids."""
     _check_forwards(model)
     memo: dict[int, Any] = dict(copies)
     for module in model.modules():
@@ -88,7 +88,7 @@ def _deep_copy(
     for _, tensor in tensors_of(model):
         if type(tensor) is nn.Parameter and id(tensor) in memo:
             for name, value in vars(tensor).items():
-                with suppress(Exception):  # what cannot be copied, such as a lock, is shared
+                with suppress(Exception):  # uncopyable objects, such as locks, are shared
                     value = copy.deepcopy(value, memo)
                 setattr(memo[id(tensor)], name, value)
     return result
@@ -102,7 +102,7 @@ def _as_parameter(copied: Tensor, original: Tensor) -> Tensor:
 
 
 def _activations(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Tensors with a history, such as a forward keeps, in nested containers: deepcopy refuses them."""
+    """Tensors with a history that a forward kept, in nested containers: deepcopy rejects them."""
     if isinstance(value, Tensor) and not value.is_leaf:
         yield value
     elif isinstance(value, dict | list | tuple | set) and depth > 0:
@@ -117,7 +117,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def computes_weight(hook: Any) -> bool:
-    """Whether it is a hook by which torch prunes or normalizes weights, or materializes lazy parameters."""
+    """Whether torch prunes or normalizes weights, or materializes lazy parameters, by this hook."""
     utilities = any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
     return utilities or getattr(hook, "__module__", None) == "torch.nn.modules.lazy"
 
@@ -134,7 +134,7 @@ def _check_forwards(model: nn.Module) -> None:
         return isinstance(value, nn.Module) and value in modules
 
     for name, module in model.named_modules():
-        forward = vars(module).get("forward")  # a method or functools.partial is copied with what it holds
+        forward = vars(module).get("forward")  # copying a method or functools.partial copies the objects it refers to
         if isinstance(forward, FunctionType) and not is_compiled(module) and holds(forward):
             raise ValueError(
                 f"'{name}' has a forward of its own that calls the model's modules: a copy's would go on calling these"
@@ -142,10 +142,10 @@ def _check_forwards(model: nn.Module) -> None:
 
 
 def route_calls(model: nn.Module, call: Callable[..., Any] | None = None) -> None:
-    """Routes calls of a copy's modules to ``call(module, *args, **kwargs)``, by default :func:`run_forward`.
+    """Routes calls of a copy's modules to ``call(module, *args, **kwargs)``. Default: :func:`run_forward`.
 
-    This bypasses hooks, global ones too, and compiled code. It sets an attribute of each module, so that other models
-    are not affected.
+    This bypasses compiled code and all hooks, including global ones. It sets an attribute of each module, so other
+    models are not affected.
     """
     for module in model.modules():
         vars(module)["_compiled_call_impl"] = None
@@ -153,7 +153,7 @@ def route_calls(model: nn.Module, call: Callable[..., Any] | None = None) -> Non
 
 
 def run_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a call computes without hooks, except those that compute weights."""
+    """A call without hooks, except those that compute weights."""
     if is_compiled(module):
         return module._orig_mod(*args, **kwargs)
     for hook in tuple(module._forward_pre_hooks.values()):
@@ -178,7 +178,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 class _Uncompiled:
-    """Runs compiled functions eagerly while any thread is inside: torch has one stance for all threads."""
+    """Runs compiled functions eagerly while any thread is inside: torch's stance is global to all threads."""
 
     def __init__(self) -> None:
         self.lock, self.inside = threading.Lock(), 0

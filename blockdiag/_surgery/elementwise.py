@@ -12,7 +12,7 @@ _MODULES = (
     nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
 
-# As torch.fx records them: functions, and names of tensor methods.
+# As recorded by torch.fx: functions, and names of tensor methods.
 ELEMENTWISE_FUNCTIONS = {
     F.celu, F.dropout, F.elu, F.gelu, F.hardshrink, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.logsigmoid,
     F.mish, F.relu, F.relu6, F.selu, F.sigmoid, F.silu, F.softplus, F.softshrink, F.softsign, F.tanh, F.tanhshrink,
@@ -21,5 +21,5 @@ ELEMENTWISE_FUNCTIONS = {
 
 
 def is_elementwise(module: nn.Module) -> bool:
-    """Whether it is such a module, without hooks or a replaced forward."""
+    """Whether the module is elementwise, without hooks or a replaced forward."""
     return type(module) in _MODULES and why_not_plain(module, type(module)) is None

@@ -1,4 +1,4 @@
-"""Parameters that are replaced, or reordered in place, in the optimizers that hold them."""
+"""Replaces parameters, or reorders them in place, in the optimizers that hold them."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ Gather = Callable[[Tensor], Tensor]
 
 @dataclass
 class Successor:
-    """A parameter that replaces another. Without `gather` the other's gradient and optimizer state do not map to it."""
+    """A parameter that replaces another. Without `gather`, gradient and optimizer state do not map to it."""
 
     parameter: nn.Parameter
     gather: Gather | None = None
@@ -24,7 +24,7 @@ class Successor:
 
 @dataclass
 class Reordering:
-    """A parameter that stays, with its values in another order."""
+    """A parameter that stays, with its values reordered."""
 
     name: str
     parameter: nn.Parameter
@@ -34,12 +34,12 @@ class Reordering:
 def as_optimizers(
     optimizers: Optimizer | Iterable[Optimizer], model: nn.Module, *, inplace: bool
 ) -> Sequence[Optimizer]:
-    """One optimizer or several of the model as a list.
+    """One or several optimizers of the model as a list.
 
     Raises:
         TypeError: one is not an optimizer.
-        ValueError: one keeps parameters beside its groups (LBFGS, ZeroRedundancyOptimizer); none holds a parameter of
-            the model; or the model is copied, whose parameters are others.
+        ValueError: one keeps parameters outside of its groups (LBFGS, ZeroRedundancyOptimizer); none holds a parameter
+            of the model; or the conversion copies the model, and with it the parameters.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     for optimizer in listed:
@@ -71,7 +71,7 @@ def _holds_parameters(value: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    """Whether optimizer state is a number, such as a step count, or a container of numbers only."""
+    """Whether optimizer state is a number, such as a step count, or a container of numbers."""
     if isinstance(value, list | tuple | dict):
         return all(map(_is_scalar, value.values() if isinstance(value, dict) else value))
     if isinstance(value, Tensor):
@@ -82,8 +82,8 @@ def _is_scalar(value: Any) -> bool:
 def _is_elementwise(value: Any, parameter: Tensor, trusted: bool) -> bool:
     """Whether optimizer state is a number, or has a value for each entry of the parameter.
 
-    The preconditioner of a square matrix has its shape too, but is symmetric, which moments are not. Optimizers of
-    torch, which are `trusted`, have none.
+    The preconditioner of a square matrix has the matrix's shape, but is symmetric, which moments are not. torch's own
+    optimizers, which are `trusted`, have none.
     """
     if not isinstance(value, Tensor) or value.dim() == 0:
         return _is_scalar(value)
@@ -107,11 +107,11 @@ def _not_elementwise(optimizer: Optimizer) -> set[str]:
 def _mapped_state(state: Mapping[str, Any], successor: Successor, not_elementwise: set[str]) -> dict[str, Any]:
     """The successor's optimizer state: tensors of the parameter's shape mapped, numbers copied.
 
-    Empty, so that the optimizer starts anew, if nothing maps (factors of a weight), or if some of it is not elementwise
-    (preconditioners, factored moments).
+    Empty, so that the optimizer starts from scratch, if nothing maps (factors of a weight), or if some of it is not
+    elementwise (preconditioners, factored moments).
     """
     if successor.gather is None:
-        # SGD's fused kernel requires that all parameters have a buffer, or none.
+        # SGD's fused kernel requires a buffer for all parameters or for none.
         fresh = state.keys() == {"momentum_buffer"} and state["momentum_buffer"] is not None
         return {"momentum_buffer": torch.zeros_like(successor.parameter)} if fresh else {}
     if any(key in not_elementwise and not _is_scalar(value) for key, value in state.items()):
@@ -132,7 +132,7 @@ def rebind(
     names: Mapping[nn.Parameter, str],
     reorderings: Sequence[Reordering],
 ) -> None:
-    """Puts successors, by these names, where the old parameters are in the groups, and maps the state."""
+    """Replaces old parameters by their successors in the groups, under the given names, and maps the state."""
     not_elementwise = _not_elementwise(optimizer)
     placed: set[nn.Parameter] = set()
     for group in optimizer.param_groups:
@@ -142,7 +142,7 @@ def rebind(
             if parameter not in successors:
                 new.append((parameter, name))
                 continue
-            # Tied parameters have one successor: it is placed once.
+            # Tied parameters share one successor, which is placed once.
             fresh = [s.parameter for s in successors[parameter] if s.parameter not in placed]
             placed.update(fresh)
             new += [(parameter, names[parameter]) for parameter in fresh]
@@ -161,7 +161,7 @@ def rebind(
 
 @contextmanager
 def restored_on_failure(optimizers: Sequence[Optimizer]) -> Iterator[list[Callable[[], None]]]:
-    """If anything is raised, runs the steps that were added to the list, last first, and restores the optimizers."""
+    """On an exception, runs the steps added to the list, last first, and restores the optimizers."""
     groups = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     states = [dict(optimizer.state) for optimizer in optimizers]
     undo: list[Callable[[], None]] = []

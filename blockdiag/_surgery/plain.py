@@ -1,4 +1,4 @@
-"""Whether a layer computes what its class says, and what users set on its parameters."""
+"""Whether a layer computes what its class defines, and attributes that users set on its parameters."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks see, or change, what goes in or comes out."""
+    """Whether hooks observe or change inputs or outputs."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether it is torch.compile's wrapper."""
+    """Whether the module is torch.compile's wrapper."""
     return "_orig_mod" in module._modules
 
 
@@ -22,7 +22,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why a module may compute something else than `kind` with its parameters does, in words; None if it does not."""
+    """The reason why a module may not compute what `kind` does with its parameters, or None."""
     if has_own_forward(module):
         return "has a forward of its own, which would be lost"
     if not isinstance(module, kind) or type(module).forward is not kind.forward:
@@ -34,9 +34,9 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def carry_attributes(old: Tensor, new: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Copies the attributes that users set on a parameter, such as ``no_weight_decay``, to another one.
+    """Copies user attributes of a parameter, such as ``no_weight_decay``, to another one.
 
-    A tensor of the parameter's shape, such as a mask, is mapped by `gather`, or left out without one.
+    A tensor of the parameter's shape, such as a mask, is mapped by `gather`, or dropped without it.
     """
     for name, value in vars(old).items():
         if isinstance(value, Tensor) and value.dim() > 0 and value.shape == old.shape:

@@ -1,4 +1,4 @@
-"""Replacing layers of a model, with their hooks, and their parameters in optimizers: all or nothing."""
+"""Replaces layers of a model, with their hooks, and their parameters in optimizers: all or nothing."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from blockdiag._surgery.plain import carry_attributes
 
 @dataclass
 class Replacement:
-    """One layer for another, under every name that the other has in the model."""
+    """A layer that replaces another, under every name of the other in the model."""
 
     names: list[str]
     old: nn.Module
@@ -25,7 +25,7 @@ class Replacement:
 
 
 def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the one of this name, and its name there."""
+    """The module that holds the named one, and the attribute's name."""
     path, _, key = name.rpartition(".")
     return model.get_submodule(path), key
 
@@ -36,7 +36,7 @@ def fill(tensor: Tensor, values: Tensor) -> None:
 
 
 def _reorder(reordering: Reordering, undo: list[Callable[[], None]]) -> None:
-    """In place, so that optimizers and hooks keep the parameter."""
+    """Reorders in place, so that optimizers and hooks keep the parameter."""
     parameter = reordering.parameter
     own = [value for value in vars(parameter).values() if isinstance(value, Tensor) and value.shape == parameter.shape]
     for tensor in (parameter, parameter.grad, *own):
@@ -47,9 +47,9 @@ def _reorder(reordering: Reordering, undo: list[Callable[[], None]]) -> None:
 
 
 def _use_slow_path(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Attributes that disable the fused kernel of torch's transformer layers, which takes dense weights only.
+    """Attributes that disable the fused kernel of torch's transformer layers, which supports dense weights only.
 
-    In inference :class:`torch.nn.TransformerEncoderLayer` passes the weights of its linear layers to that kernel, and
+    In inference, :class:`torch.nn.TransformerEncoderLayer` passes the weights of its linear layers to that kernel, and
     :class:`torch.nn.TransformerEncoder` reads them.
     """
     parents = {parent_of(model, name)[0] for name in names}
@@ -68,7 +68,7 @@ def commit(
     reorderings: Sequence[Reordering],
     optimizers: Sequence[Optimizer],
 ) -> nn.Module:
-    """Replaces the layers in the model and their parameters in the optimizers; if anything fails, nothing at all.
+    """Replaces the layers in the model and their parameters in the optimizers; on failure, changes nothing.
 
     Returns:
         The model, in a wrapper like the one given.
@@ -97,7 +97,7 @@ def commit(
                 carry_attributes(parameter, successor.parameter, successor.gather)
                 if parameter.grad is not None and successor.gather is not None:
                     gradient = successor.gather(parameter.grad)
-                    # In the successor's memory format, not in that of the old gradient.
+                    # In the successor's memory format, not the old gradient's.
                     successor.parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
         for replacement in replacements:
             for hooks in HOOKS:  # the same dictionaries, so that handles still remove their hooks
@@ -116,7 +116,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside :class:`torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
-        ValueError: the wrapper has what another could not take over.
+        ValueError: the wrapper has state that a new one could not take over.
     """
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return model
@@ -127,7 +127,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def rewrap(wrapper: nn.Module, model: nn.Module) -> nn.Module:
-    """The model in a new wrapper like the one given: DistributedDataParallel never sees parameters that come later."""
+    """The model in a new wrapper like the given one: DistributedDataParallel ignores parameters added later."""
     if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
         return model
     rewrapped = nn.parallel.DistributedDataParallel(

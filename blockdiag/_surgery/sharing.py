@@ -1,4 +1,4 @@
-"""Modules under several names, and parameters of several modules: as one Parameter, or as several in one memory."""
+"""Shared modules and parameters: modules with several names, and parameters of several modules, tied or aliasing."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -9,7 +9,7 @@ Named = tuple[str, Tensor]
 
 
 def names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module of the model with all of its names."""
+    """Every module of the model with all its names."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -25,7 +25,7 @@ def storage_key(tensor: Tensor) -> tuple[torch.device, int] | None:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of its first byte, and of the byte after its last."""
+    """The addresses of the tensor's first byte, and of the byte past its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
@@ -71,7 +71,7 @@ def ties(named: Iterable[Named]) -> Iterator[tuple[Named, Named]]:
 def check_sharing(model: nn.Module, names: Mapping[nn.Module, str]) -> None:
     """Raises if a parameter of these layers also belongs to a module that stays, such as an embedding.
 
-    Or if it overlaps with another tensor in memory: copies and new parameters would untie them.
+    Or if it aliases another tensor: copies and new parameters would untie them.
     """
     inside = {part for layer in names for part in layer.modules()}
     replaced = {parameter: name for layer, name in names.items() for parameter in layer.parameters()}
@@ -87,6 +87,6 @@ def check_sharing(model: nn.Module, names: Mapping[nn.Module, str]) -> None:
     for (first, tensor), (second, other) in ties(tensors_of(model)):
         if tensor in replaced or other in replaced:
             raise ValueError(
-                f"'{first}' and '{second}' lie in one memory without being one Parameter: make them one, or give one "
+                f"'{first}' and '{second}' share memory without being one Parameter: make them one, or give one "
                 "of them a copy of its own"
             )

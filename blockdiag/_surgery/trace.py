@@ -1,8 +1,8 @@
 """A model's forward as a graph, traced without side effects on the model or on other models.
 
-The graph is torch.fx's, its tracer is not: that one patches ``nn.Module.__call__`` and ``__getattr__`` for all threads
-(pytorch#112775). This one sets attributes of a throwaway copy's modules: calls go to the tracer, and parameters are
-proxies. The copy is on the meta device: it takes no memory, and nothing can depend on values.
+The graph is torch.fx's, but not the tracer: torch's own patches ``nn.Module.__call__`` and ``__getattr__`` for all
+threads (pytorch#112775). This one sets attributes of a throwaway copy's modules: calls go to the tracer, and parameters
+are proxies. The copy is on the meta device: it takes no memory, and nothing can depend on values.
 
 A forward that queries types, devices or modes may behave differently with proxies: it is not traced.
 """
@@ -19,7 +19,7 @@ from torch import fx, nn
 from blockdiag._surgery.duplicate import duplicate_on_meta, random_state_kept, route_calls, run_forward, uncompiled
 from blockdiag._surgery.plain import has_hooks, is_compiled
 
-# What a forward may query, with another answer for proxies than for tensors.
+# A forward that queries these may get different answers for proxies than for tensors.
 _QUERIES = {
     *("isinstance", "type", "requires_grad", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"),
     *("device", "is_cuda", "is_cpu", "is_meta", "get_device", "is_leaf", "grad_fn", "is_tensor", "is_tracing"),
@@ -32,12 +32,12 @@ def _queries(code: CodeType) -> bool:
 
 
 def seen(value: Any) -> Any:
-    """Marks in a graph what a hook sees, or what a forward keeps in an attribute."""
+    """Marks values in a graph that a hook observes, or that a forward keeps in an attribute."""
     return value
 
 
 def _map(value: Any, function: Any) -> Any:
-    """The value with the function applied to every fx.Proxy in it, in containers and dataclasses too."""
+    """Applies the function to every fx.Proxy in the value, including containers and dataclasses."""
     if isinstance(value, fx.Proxy):
         return function(value)
     if isinstance(value, dict):
@@ -55,7 +55,7 @@ def _map(value: Any, function: Any) -> Any:
 
 
 class _Tracer(fx.Tracer):
-    """Traces a copy."""
+    """Traces a throwaway copy."""
 
     def __init__(self, copied: nn.Module, hooked: set[nn.Module]) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("call_function", seen, (proxy,), {})
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor):  # a parameter by another way, or a constant
+        if isinstance(a, torch.Tensor):  # a constant, or a parameter that bypassed the proxies
             return self.create_node("get_attr", self.parameters.get(id(a), "constant"), (), {})
         return super().create_arg(a)
 
@@ -112,9 +112,9 @@ class _Tracer(fx.Tracer):
 
 
 def graphs(model: nn.Module) -> list[fx.Graph]:
-    """The model's forward in its present mode, in training and in eval mode; none if it cannot be traced.
+    """The model's forward in its current mode, in training and in eval mode; none if it cannot be traced.
 
-    Of the whole model: a part that can be traced by itself may be used in another way by the rest.
+    Always of the whole model: a part that can be traced alone may be used in other ways by the rest.
     """
     result = []
     try:

@@ -1,4 +1,4 @@
-"""Which library computes the ops on each kind of device, and how that is chosen."""
+"""Selection of the library that computes the ops on each kind of device."""
 
 from blockdiag.backends import cpu, cuda
 from blockdiag.backends.tuning import tune

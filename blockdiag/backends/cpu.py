@@ -1,4 +1,4 @@
-"""Which library computes the ops on CPUs."""
+"""Selection of the library that computes the ops on CPUs."""
 
 from blockdiag._load import extension
 
@@ -6,20 +6,20 @@ __all__ = ["preferred_blas_library"]
 
 
 def preferred_blas_library(name: str | None = None) -> str:
-    """Sets, if a name is given, which library is asked first on CPUs in this process, and returns it.
+    """Sets the preferred library on CPUs for this process, if a name is given, and returns the current one.
 
-    Meant for comparisons: at first it is the best that this CPU has, or what the environment variable
-    BLOCKDIAG_CPU_GEMM says. :func:`blockdiag.build_info` reports it as ``"cpu_gemm"``, and all names as
+    Meant for comparisons. The default is the fastest that this CPU supports, or the one that the environment variable
+    BLOCKDIAG_CPU_GEMM names. :func:`blockdiag.build_info` reports it as ``"cpu_gemm"``, and all names as
     ``"cpu_gemms"``.
 
     Args:
-        name: an instruction set that this CPU has, for kernels of our own (``"avx2"``, ``"avx512"`` or
-            ``"avx512_bf16"``), which compute float32 and half types; ``"native_half"``, where torch multiplies half
-            types by instructions that our kernels do not use, for large blocks of these; ``"mkl"``, where torch has it;
-            or ``"aten"``. What a library does not take goes to the next of this list.
+        name: an instruction set of this CPU, for our own kernels (``"avx2"``, ``"avx512"`` or ``"avx512_bf16"``), which
+            compute float32 and half types; ``"native_half"``, torch's GEMM for large blocks of half types, if it has
+            native instructions that our kernels do not use; ``"mkl"``, if torch has it; or ``"aten"``. Each falls back
+            to the next in this list.
 
     Raises:
-        ValueError: there is no such library on this CPU.
+        ValueError: this CPU has no such library.
 
     Example::
 

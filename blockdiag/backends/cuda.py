@@ -1,4 +1,4 @@
-"""Which library computes the ops on GPUs."""
+"""Selection of the library that computes the ops on GPUs."""
 
 from blockdiag._load import extension
 
@@ -6,7 +6,7 @@ __all__ = ["is_built", "preferred_blas_library"]
 
 
 def is_built() -> bool:
-    """Whether blockdiag was built with CUDA, which says nothing of a GPU.
+    """Whether blockdiag was built with CUDA, regardless of whether there is a GPU.
 
     Example::
 
@@ -18,15 +18,15 @@ def is_built() -> bool:
 
 
 def preferred_blas_library(name: str | None = None) -> str:
-    """Sets, if a name is given, which library is asked first on GPUs in this process, and returns it.
+    """Sets the preferred library on GPUs for this process, if a name is given, and returns the current one.
 
-    The twin of :func:`torch.backends.cuda.preferred_blas_library`. At first it is what the environment variable
-    BLOCKDIAG_CUDA_GEMM says, or ``"cublas"``; :func:`blockdiag.build_info` reports it as ``"cuda_gemm"``.
+    The counterpart of :func:`torch.backends.cuda.preferred_blas_library`. The default is the one that the environment
+    variable BLOCKDIAG_CUDA_GEMM names, or ``"cublas"``. :func:`blockdiag.build_info` reports it as ``"cuda_gemm"``.
 
     Args:
-        name: ``"cublas"``; ``"cublaslt"``, which adds the bias in the product's kernel and leaves to cuBLAS what it
-            has no algorithm for; or ``"small_blocks"``, kernels of our own for blocks of up to 64 -> 64 features in
-            float16 and bfloat16, which leave all else to cuBLASLt.
+        name: ``"cublas"``; ``"cublaslt"``, which fuses the bias into the product and falls back to cuBLAS if it has no
+            algorithm; or ``"small_blocks"``, our own kernels for blocks of up to 64 -> 64 features in float16 and
+            bfloat16, which fall back to cuBLASLt.
 
     Raises:
         ValueError: there is no such library.

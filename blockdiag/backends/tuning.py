@@ -1,4 +1,4 @@
-"""Which of cuBLASLt's algorithms computes a product on a GPU, by measurement."""
+"""Tuning: measures which of cuBLASLt's algorithms is the fastest for a product on a GPU."""
 
 import atexit
 import contextlib
@@ -25,26 +25,24 @@ Environment = dict[str, Any]
 
 @contextlib.contextmanager
 def tune(path: str | os.PathLike[str] | None = None, *, measure: bool = True) -> Iterator[None]:
-    """Within it, cuBLASLt computes by the fastest of the algorithms that its heuristic recommends, not by the first.
+    """A context in which cuBLASLt uses the fastest of its heuristic's algorithms rather than the first.
 
-    Whenever a problem comes that is new, such as for a new batch size, up to 16 algorithms are timed on random operands
-    that are laid out as the problem's: on up to 64 of each, so that they come from memory rather than from the cache,
-    or on one if that is large. The winner is used from then on: also in the backward pass, in other threads, in later
-    calls of this function, and by all GPUs of the same name. A gradient of the bias is computed in the kernel of the
-    weight's where that is faster (torch.compile has its own way with it). An algorithm is left out if its result
-    differs from that of the heuristic's first, and in deterministic mode if it differs between two runs. While a CUDA
-    graph is captured nothing is measured: call the model once before.
+    For each new problem, such as a new batch size, up to 16 algorithms are timed on random operands with the problem's
+    layout: on up to 64 copies, so that they come from memory rather than from the cache, or on one if it is large. The
+    winner is used from then on, also in the backward pass, in other threads, in later calls of this function, and on
+    all GPUs of the same name. The bias gradient is fused with the weight's if that is faster (torch.compile handles it
+    on its own). An algorithm is excluded if its result differs from that of the heuristic's first, or, in deterministic
+    mode, between two runs. During the capture of a CUDA graph nothing is measured: call the model once before.
 
-    It concerns what :func:`blockdiag.backends.cuda.preferred_blas_library` lets cuBLASLt compute; a build without CUDA
-    has nothing to tune, and warns. The environment variable ``BLOCKDIAG_TUNE=path`` does the same from import to exit;
-    a process that ends without Python's exit, as those that multiprocessing forks, writes nothing.
+    It affects the problems that :func:`blockdiag.backends.cuda.preferred_blas_library` lets cuBLASLt compute. A build
+    without CUDA has nothing to tune, and warns. The environment variable ``BLOCKDIAG_TUNE=path`` does the same from
+    import to exit; a process that skips Python's exit, as those forked by multiprocessing, writes nothing.
 
     Args:
-        path: where choices are kept, as JSON. Those in it that were made on this GPU with these versions of torch and
-            cuBLASLt are used, and what this process has measured is added at the end. A file that is damaged, or made
-            for other versions or GPUs only, is reported by a warning and ignored; one that is no such file is never
-            overwritten.
-        measure: False uses what is known, and lets nothing be measured in this process meanwhile.
+        path: a JSON file of choices. Those made on this GPU with these versions of torch and cuBLASLt are used, and
+            this process's measurements are added at the end. A file that is damaged, or only for other versions or
+            GPUs, is ignored with a warning; a file of another kind is never overwritten.
+        measure: False uses known choices only, and prevents measurements in this process meanwhile.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
@@ -95,7 +93,7 @@ def _tuning(path: str | os.PathLike[str] | None, measure: bool, compare_devices:
         if file is not None:
             try:
                 _add_to(file)
-            except (OSError, ValueError) as error:  # no reason to lose what was computed meanwhile
+            except (OSError, ValueError) as error:  # no reason to lose the program's results
                 warnings.warn(f"blockdiag.backends.tune: {file} is left as it is: {error}", stacklevel=5)
 
 
@@ -104,7 +102,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _use(environments: list[Environment], file: Path, compare_devices: bool) -> None:
-    """Takes over the choices that were made with these versions."""
+    """Loads the choices made with these versions."""
     versions = _versions()
     matching = [environment for environment in environments if environment.items() >= versions.items()]
     if compare_devices and torch.cuda.is_available():
@@ -130,7 +128,7 @@ def _measured() -> list[Environment]:
     by_device: dict[str, list[dict[str, Any]]] = {}
     for device, numbers, words in extension.choices():
         problem = dict(zip(extension.PROBLEM_FIELDS, numbers, strict=True))
-        del problem["device"]  # an ordinal, which may be another next time
+        del problem["device"]  # an ordinal, which may change
         algorithm = b"".join(word.to_bytes(8, "little") for word in words)
         by_device.setdefault(device, []).append({"problem": problem, "algorithm": algorithm.hex()})
     return [{"device": device, **_versions(), "choices": choices} for device, choices in by_device.items()]
@@ -138,7 +136,7 @@ def _measured() -> list[Environment]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, as other processes do in here; where a file system has no locks, there is none."""
+    """Holds the folder's lock against other processes; a no-op on file systems without locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -153,14 +151,14 @@ def _add_to(file: Path) -> None:
 
     Raises:
         OSError: it cannot be read or written.
-        ValueError: it is not such a file any more.
+        ValueError: it is not a tuning file any more.
     """
     with _locked(file.parent):
         environments = _read(file) if file.exists() else []
         updated = _with_measured(environments)
         if updated is None:
             return
-        # A reader sees the old file or the new one, and never a part.
+        # Atomic: a reader sees the old file or the new one, never a part.
         part = file.with_name(f"{file.name}.{os.getpid()}")
         try:
             part.write_text(json.dumps({**_FORMAT, "environments": updated}, indent=1))
@@ -186,10 +184,10 @@ def _with_measured(environments: list[Environment]) -> list[Environment] | None:
 
 
 def _read(file: Path) -> list[Environment]:
-    """The content of a file, checked.
+    """The validated content of a file.
 
     Raises:
-        ValueError: it is no such file, or damaged.
+        ValueError: it is not a tuning file, or damaged.
     """
     try:
         content = json.loads(file.read_text())
@@ -223,12 +221,12 @@ def _expect(value: object, types: dict[str, type]) -> None:
 
 
 def tune_from_environment() -> None:
-    """Does what the environment variable BLOCKDIAG_TUNE asks for, until the process ends."""
+    """Tunes as the environment variable BLOCKDIAG_TUNE requests, until the process ends."""
     path = os.environ.get("BLOCKDIAG_TUNE")
-    # Where the package is imported again the compiled module is the same: it knows whether this was done.
+    # The compiled module outlives a second import of the package, so it remembers whether this was done.
     if path and path not in vars(extension).setdefault("tuning_from_environment", []):
         extension.tuning_from_environment.append(path)
-        # Names of devices are not asked for: that would start CUDA on the first of them in every process.
+        # Does not query device names, which would initialize CUDA on the first device in every process.
         tuning = _tuning(path, measure=True, compare_devices=False)
         try:
             tuning.__enter__()

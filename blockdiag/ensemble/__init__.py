@@ -1,4 +1,4 @@
-"""Several models become one."""
+"""Ensembles: several models stacked into one."""
 
 from blockdiag.ensemble.stack import StackedModel, stack_models
 

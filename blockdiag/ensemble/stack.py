@@ -1,4 +1,4 @@
-"""Several models of one architecture as one model that computes all of them at once."""
+"""Stacks models of one architecture into one model that computes all of them at once."""
 
 import copy
 import itertools
@@ -39,10 +39,10 @@ class StackedModel(nn.Module):
     Shape:
         - Input: :math:`(*, \\text{in\\_features})`, the same for all models; or with ``stacked=True``
           :math:`(M, *, \\text{in\\_features})`, one for each.
-        - Output: :math:`(M, *, \\text{out\\_features})`: what ``torch.stack([model(input) for model in models])`` is.
+        - Output: :math:`(M, *, \\text{out\\_features})`, as ``torch.stack([model(input) for model in models])``.
 
     Attributes:
-        shared: what is applied to an input before the models part: reshaping.
+        shared: the part before the models diverge, applied once to an input: reshaping.
         stacked: the model on activations :math:`(*, M, \\text{features})`.
         num_models: :math:`M`.
 
@@ -65,12 +65,12 @@ class StackedModel(nn.Module):
         self.shared = shared
         self.stacked = stacked
         self.num_models = num_models
-        self._skeleton = (skeleton,)  # a model without values; in a tuple, it is not registered as a submodule
+        self._skeleton = (skeleton,)  # on the meta device; in a tuple, it is not registered as a submodule
         self._needs_a_copy = _may_change_its_input(stacked)
 
     def forward(self, input: Tensor, stacked: bool = False) -> Tensor:
         if not torch.jit.is_scripting() and _is_traced(stacked):
-            # torch.fx traces one branch: the traced module must not compute that for inputs of the other.
+            # torch.fx traces one branch: the traced module must reject inputs of the other.
             torch._assert(stacked ^ True, "StackedModel: traced by torch.fx, but not with stacked=True")
             stacked = False
         if stacked:
@@ -116,13 +116,13 @@ def _is_traced(value: Any) -> bool:
 
 
 def _expanded(rows: Tensor, num_models: int) -> Tensor:
-    """The same rows for all models: (*, num_models, features)."""
-    # Broadcast with a tensor rather than to sizes, which neither torch.fx nor TorchScript can put together.
+    """The rows, expanded over all models: (*, num_models, features)."""
+    # Broadcast with a tensor: neither torch.fx nor TorchScript can build a list of sizes.
     return torch.broadcast_tensors(rows.unsqueeze(-2), rows.new_empty([num_models, 1]))[0]
 
 
 def _may_change_its_input(model: nn.Module) -> bool:
-    """Whether an in-place layer may get the input itself, or the input itself may come out."""
+    """Whether an in-place layer may change the input, or the output may alias it."""
     is_sequence = all(type(module) is nn.Sequential for module in model.modules() if module._modules)
     hands_on = True
     for layer in (module for module in model.modules() if not module._modules):
@@ -133,7 +133,7 @@ def _may_change_its_input(model: nn.Module) -> bool:
 
 
 def _parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
-    """All modules by all their names, but not what is inside stacked layers."""
+    """All modules by all their names, but not the insides of stacked layers."""
     yield name, module
     if not hasattr(module, "restore"):
         for key, child in module._modules.items():
@@ -142,24 +142,24 @@ def _parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = None) -> StackedModel:
-    """One model that computes all of these at once, with copies of their parameters: an ensemble as one network.
+    """Stacks models into one that computes all of them at once, with copies of their parameters.
 
-    For multilayer perceptrons: models of :class:`torch.nn.Linear`, normalization (``LayerNorm``, ``RMSNorm``,
+    Supports multilayer perceptrons: :class:`torch.nn.Linear`, normalization (``LayerNorm``, ``RMSNorm``,
     ``BatchNorm1d``), elementwise activations and dropout, ``PReLU``, ``Softmax`` and the like over the last dimension,
-    and ``Flatten`` at the start, in :class:`torch.nn.Sequential`. Models with a ``forward`` of their own work if it
-    treats all dimensions but the last alike; to make sure, they are compared with the result on an ``example_input``.
-    For other models there is :func:`torch.func.stack_module_state` with :func:`torch.vmap`.
+    and ``Flatten`` at the start, in :class:`torch.nn.Sequential`. A model may have its own ``forward`` if that treats
+    all dimensions but the last alike; this is checked by comparing results on an ``example_input``. For other models,
+    use :func:`torch.func.stack_module_state` with :func:`torch.vmap`.
 
     Args:
         models: trained models of one architecture, dtype, device, mode and ``requires_grad``.
-        example_input: an input of one model; required where a model has a ``forward`` of its own.
+        example_input: an input of one model; required if a model has its own ``forward``.
 
     Returns:
-        The :class:`~blockdiag.ensemble.StackedModel`, which has a block for each model in its linear layers.
+        The :class:`~blockdiag.ensemble.StackedModel`, whose linear layers have one block per model.
 
     Raises:
-        ValueError: there are no models, they differ, have parts that cannot be stacked, or do not compute the same
-            stacked.
+        ValueError: there are no models, they differ, have parts that cannot be stacked, or compute different results
+            when stacked.
 
     Example::
 
@@ -187,7 +187,7 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
         _check_parts(model, example_input)
 
     skeleton = duplicate(models[0]).to("meta")  # attributes that are plain tensors keep their values
-    # A copy of the first model: the result must not share what its modules keep beside parameters.
+    # A copy of the first model: the result must not share its modules' other state.
     shared, template, sources = _split_off_flattening([duplicate(models[0]), *models[1:]])
     stacked = _stack(template, sources, {})
     result = StackedModel(shared, stacked, len(models), skeleton)
@@ -198,7 +198,7 @@ def stack_models(models: Sequence[nn.Module], example_input: Tensor | None = Non
 
 
 def _describe(model: nn.Module) -> list[str]:
-    """All that stacked models must share, part by part; parts that are used twice tell where they were before."""
+    """All properties that the models must have in common, part by part; a shared part refers to its first use."""
     seen: dict[int, str] = {}
     lines = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -219,7 +219,7 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
         for parameter in module.parameters(recurse=False):
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(f"stack_models: '{owner[parameter]}' and '{name}' share a parameter")
-        if has_own_forward(module) or is_compiled(module):  # torch.compile's wrapper calls the first model
+        if has_own_forward(module) or is_compiled(module):  # a compiled wrapper would call the first model
             raise ValueError(f"stack_models: '{name}' has a forward of its own, which would be lost")
         if has_hooks(module):
             raise ValueError(f"stack_models: '{name}' has hooks, which would see all models at once: remove them first")
@@ -245,11 +245,11 @@ def _check_parts(model: nn.Module, example_input: Tensor | None) -> None:
         elif not is_elementwise(module) and type(module) is not nn.Flatten:
             raise ValueError(f"stack_models: '{name}' is a {type(module).__name__}, which cannot be stacked")
     for (first, _), (second, _) in ties(tensors_of(model)):
-        raise ValueError(f"stack_models: '{first}' and '{second}' lie in one memory: give one of them its own")
+        raise ValueError(f"stack_models: '{first}' and '{second}' share memory: give one of them its own")
 
 
 def _split_off_flattening(models: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module, Sequence[nn.Module]]:
-    """What comes before the models part, and the models from there on, under their old names."""
+    """The shared part before the models diverge, and the rest of each model, under the old names."""
     first = models[0]
     if type(first) is not nn.Sequential:
         if any(isinstance(module, nn.Flatten) for module in first.modules()):
@@ -266,14 +266,14 @@ def _split_off_flattening(models: Sequence[nn.Module]) -> tuple[nn.Module, nn.Mo
 
 def _named_part(sequence: nn.Module, start: int | None, stop: int | None) -> nn.Sequential:
     part = nn.Sequential()
-    for name, module in list(sequence._modules.items())[start:stop]:  # with those that are used twice
+    for name, module in list(sequence._modules.items())[start:stop]:  # includes modules that are used twice
         part.add_module(name, module)
     part.training = sequence.training
     return part
 
 
 def _stack(template: nn.Module, sources: Sequence[nn.Module], memo: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A module like the template, with all layers stacked; a layer that is used twice is stacked once."""
+    """A module like the template with all layers stacked; a layer that is used twice is stacked once."""
     if template in memo:
         return memo[template]
     if type(template) in _STACKED:
@@ -292,7 +292,7 @@ def _stack(template: nn.Module, sources: Sequence[nn.Module], memo: dict[nn.Modu
 
 
 def _check_outputs(models: Sequence[nn.Module], result: StackedModel, example_input: Tensor) -> None:
-    """Compares outputs in double precision, so that rounding hides no error; in training mode without dropout."""
+    """Compares outputs in double precision, so that rounding hides no error. Disables dropout in training mode."""
     dtype = torch.promote_types(example_input.dtype, torch.float64)
     with random_state_kept(), uncompiled(), torch.no_grad():
         copies = [duplicate(model, hooks=False).to(dtype) for model in (*models, result)]
@@ -308,7 +308,7 @@ def _check_outputs(models: Sequence[nn.Module], result: StackedModel, example_in
                 expected = torch.stack([model(input) for model in precise])
             except Exception:
                 if training:
-                    continue  # such as BatchNorm's for a single row
+                    continue  # such as BatchNorm's error for a single row
                 raise
             try:
                 torch.testing.assert_close(stacked(input), expected)

@@ -1,4 +1,4 @@
-"""Layers with parameters of their own for each of several stacked models, on inputs ``(*, num_models, features)``."""
+"""Layers with separate parameters for each of several stacked models, on inputs ``(*, num_models, features)``."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ def _stack(modules: Sequence[Any], name: str) -> nn.Parameter | None:
 
 
 class _StackedAffine(nn.Module):
-    """Layers with a weight, and perhaps a bias, that work element by element: of shape (num_models, features)."""
+    """Layers with an elementwise weight, and optionally a bias, of shape (num_models, features)."""
 
     def __init__(self, modules: Sequence[Any]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class StackedRMSNorm(_StackedAffine):
 
 
 class StackedPReLU(_StackedAffine):
-    """:class:`torch.nn.PReLU` with one slope, or one for each feature."""
+    """:class:`torch.nn.PReLU` with one slope or one per feature."""
 
     def forward(self, input: Tensor) -> Tensor:
         assert self.weight is not None
@@ -79,7 +79,7 @@ class StackedPReLU(_StackedAffine):
 
 
 class StackedBatchNorm1d(nn.Module):
-    """:class:`torch.nn.BatchNorm1d` on inputs ``(batch, num_models, features)``, as one over all of these features."""
+    """:class:`torch.nn.BatchNorm1d` on inputs ``(batch, num_models, features)``, run as one layer over all features."""
 
     def __init__(self, modules: Sequence[nn.BatchNorm1d]) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class StackedBatchNorm1d(nn.Module):
                     "StackedBatchNorm1d: expected models with momentum=None to have seen equally many batches, but got "
                     f"{[int(count) for count in counts]}"
                 )
-            self.register_buffer("batches_ahead", ahead)  # of what self.norm has seen
+            self.register_buffer("batches_ahead", ahead)  # of self.norm's count
         tensor = [*first.parameters(), *first.buffers(), torch.empty(0)][0]
         self.norm = nn.BatchNorm1d(
             self.num_models * first.num_features,
@@ -114,7 +114,7 @@ class StackedBatchNorm1d(nn.Module):
             carry_attributes(parameter, getattr(self.norm, name).requires_grad_(parameter.requires_grad))
 
     def forward(self, input: Tensor) -> Tensor:
-        # A proxy of torch.fx is no Tensor, and has no sizes to compare.
+        # A torch.fx proxy is not a Tensor and has no sizes to compare.
         if not torch.jit.is_scripting() and isinstance(input, Tensor) and input.dim() != 3:
             raise ValueError(
                 "StackedBatchNorm1d: expected an input (batch, num_models, features), but got the shape "
@@ -135,7 +135,7 @@ class StackedBatchNorm1d(nn.Module):
 
 
 class StackedLinear(BlockDiagLinear):
-    """:class:`torch.nn.Linear`: a block for each model."""
+    """:class:`torch.nn.Linear` with one block per model."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.in_features > 0:

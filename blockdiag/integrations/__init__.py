@@ -1,1 +1,1 @@
-"""Other libraries' layers, computed by blockdiag. Each module needs its library installed."""
+"""Integrations with other libraries. Each module needs its library installed."""

@@ -1,17 +1,16 @@
-"""TorchUncertainty's packed linear layers, computed by blockdiag, without changes in the code that uses them.
+"""Computes TorchUncertainty's packed linear layers with blockdiag, without changes in the code that uses them.
 
-:func:`install` makes blockdiag what ``PackedLinear``, and the projections of ``PackedMultiheadAttention`` and of the
-packed transformer layers, compute with, whatever their ``implementation`` is; packed convolutions and norms stay the
-library's. :func:`uninstall` takes it back, and :func:`installed` does both around a block of code. Classes, parameters,
-state dicts and pickles stay TorchUncertainty's own: the function ``packed_linear`` is exchanged, so that layers made
-before are served too. What blockdiag does not compute, and what the library would refuse, goes to the library's own
-function.
+:func:`install` routes ``PackedLinear``, and the projections of ``PackedMultiheadAttention`` and of the packed
+transformer layers, to blockdiag, for every ``implementation``; packed convolutions and norms stay the library's.
+:func:`uninstall` reverts it, and :func:`installed` does both around a block of code. Classes, parameters, state dicts
+and pickles stay TorchUncertainty's: only the function ``packed_linear`` is replaced, so existing layers benefit too.
+Calls that blockdiag does not support, or that the library rejects, fall back to the library's function.
 
 While installed, layers also load checkpoints of other implementations and of other versions of the library, back to
-0.1; :func:`convert_state_dict` does that by itself.
+0.1; :func:`convert_state_dict` does only that.
 
-One thing differs: the gradient of ``implementation="sparse"`` is sparse, on the blocks, as the weight is. The library's
-own is dense, and no optimizer of PyTorch can apply it.
+One result differs: the gradient of ``implementation="sparse"`` is sparse, like the weight. The library's own is dense,
+and no optimizer of PyTorch can apply it.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ __all__ = ["convert_state_dict", "install", "installed", "uninstall"]
 _MODULE = "torch_uncertainty.layers.packed"
 _BLOCKS = ("full", "einsum", "conv1d")  # the implementations whose weight is (num_groups, out_block, in_block)
 _MISSING: Any = object()
-# Owner, attribute, what it was. Kept by the compiled module, which is the same where the package is imported again.
+# Owner, attribute, original value. Kept in the compiled module, which outlives a second import of the package.
 _replaced: list[tuple[Any, str, Any]] = vars(extension).setdefault("replaced_in_torch_uncertainty", [])
 
 
@@ -41,7 +40,7 @@ def _packed() -> ModuleType:
     """The library's module of packed layers.
 
     Raises:
-        ImportError: it is not installed, or older than 0.5.
+        ImportError: the library is not installed, or older than 0.5.
     """
     message = (
         "blockdiag.integrations.torch_uncertainty needs TorchUncertainty 0.5 or newer: pip install torch-uncertainty"
@@ -56,7 +55,7 @@ def _packed() -> ModuleType:
 
 
 def install() -> None:
-    """Makes blockdiag what packed linear layers and packed attention projections compute with. Idempotent.
+    """Routes packed linear layers and packed attention projections to blockdiag. Idempotent.
 
     Raises:
         ImportError: TorchUncertainty is not installed, or older than 0.5.
@@ -68,7 +67,7 @@ def install() -> None:
         >>> from blockdiag.integrations import torch_uncertainty
         >>> layer = PackedLinear(256, 128, alpha=2, num_estimators=4)
         >>> torch_uncertainty.install()
-        >>> layer(torch.randn(32, layer.groups * layer.weight.shape[-1])).shape  # layers made before compute by it too
+        >>> layer(torch.randn(32, layer.groups * layer.weight.shape[-1])).shape  # existing layers use it too
         torch.Size([32, 256])
         >>> torch_uncertainty.uninstall()
     """
@@ -79,7 +78,7 @@ def install() -> None:
     replacement = _replacement(original)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "torch_uncertainty":
-            # Modules that imported the function by name hold a reference of their own.
+            # Modules that imported the function by name hold their own references.
             for key in [key for key, value in vars(module).items() if value is original]:
                 _replace(module, key, replacement)
     for kind, convert in (
@@ -90,7 +89,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Takes back what :func:`install` did. Idempotent.
+    """Reverts :func:`install`. Idempotent.
 
     Example::
 
@@ -108,7 +107,7 @@ def uninstall() -> None:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Installed within a ``with`` block, and afterwards as before.
+    """A context manager that installs within a ``with`` block and then restores the previous state.
 
     Raises:
         ImportError: TorchUncertainty is not installed, or older than 0.5.
@@ -154,7 +153,7 @@ def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _is_ours(inputs: Tensor, blocks: Tensor, num_groups: int, bias: Tensor | None) -> bool:
-    """Whether the library and our op take these arguments, and in the same sense."""
+    """Whether the library and our op both support these arguments, with the same meaning."""
     tensors = [inputs, blocks] if bias is None else [inputs, blocks, bias]
     if blocks.dim() != 3 or any(t.layout != torch.strided or t.device != blocks.device for t in tensors):
         return False
@@ -163,7 +162,7 @@ def _is_ours(inputs: Tensor, blocks: Tensor, num_groups: int, bias: Tensor | Non
     return (
         blocks.shape[0] == num_groups
         and inputs.dim() >= 1
-        and inputs.shape[-1] == sizes[1]  # our op would take (*, num_groups, in_block) too
+        and inputs.shape[-1] == sizes[1]  # our op also takes (*, num_groups, in_block)
         and (bias is None or bias.shape == (sizes[0],))
         and (device in ("cpu", "meta") or (device == "cuda" and blockdiag.build_info()["cuda"] != "none"))
         and (all(t.dtype == blocks.dtype for t in tensors) or _casts(device))
@@ -176,7 +175,7 @@ def _casts(device: str) -> bool:
 
 
 def _sparse_blocks(weight: Tensor, num_groups: int) -> Tensor | None:
-    """The blocks of a sparse weight ``(out_features, in_features)``; None if elements of theirs are missing."""
+    """The blocks of a sparse weight ``(out_features, in_features)``; None if some of their elements are missing."""
     if weight.layout != torch.sparse_coo or weight.dim() != 2 or any(size % num_groups for size in weight.shape):
         return None
     out_block, in_block = (size // num_groups for size in weight.shape)
@@ -184,21 +183,21 @@ def _sparse_blocks(weight: Tensor, num_groups: int) -> Tensor | None:
     if weight._nnz() != num_groups * out_block * in_block or weight._nnz() == 0:
         return None  # Tensor.to_sparse leaves zeros out
     rows, columns = weight.indices()
-    # So many different elements of the blocks are all of them, and coalesced they are in order.
+    # With this many distinct elements the blocks are complete, and coalescing orders them.
     if not torch.equal(rows // out_block, columns // in_block):
         return None
     return weight.values().view(num_groups, out_block, in_block)
 
 
 def convert_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of another implementation, or of another version of the library, in the form that `model` has.
+    """Converts a checkpoint of another implementation, or of another version of the library, to the form of `model`.
 
     Args:
         model: a model with packed layers of the installed version.
-        state_dict: the state of such a model, of whatever implementation, or saved by a version since 0.1.
+        state_dict: the state of such a model, of any implementation, saved by version 0.1 or later.
 
     Returns:
-        The state for ``model.load_state_dict``. What fits already, or fits nothing, is as it was.
+        The state for ``model.load_state_dict``. Entries that already fit, or fit nothing, are unchanged.
 
     Raises:
         ImportError: TorchUncertainty is not installed, or older than 0.5.
@@ -247,7 +246,7 @@ def _convert_linear(module: Any, state: dict[str, Any], prefix: str) -> None:
         return
     blocks = _as_blocks(value.detach(), module.groups, prefix)
     if blocks is None:
-        return  # load_state_dict says what does not fit
+        return  # load_state_dict reports the mismatch
     converted = torch.block_diag(*blocks).to_sparse() if target.layout == torch.sparse_coo else blocks
     if converted.shape == target.shape:
         state[f"{prefix}weight"] = converted
@@ -255,7 +254,7 @@ def _convert_linear(module: Any, state: dict[str, Any], prefix: str) -> None:
 
 def _convert_attention(module: Any, state: dict[str, Any], prefix: str) -> None:
     for name in ("weight", "bias"):
-        _rename(state, f"{prefix}out_proj.{name}", f"{prefix}out_proj_{name}")  # in 0.4 a layer of its own
+        _rename(state, f"{prefix}out_proj.{name}", f"{prefix}out_proj_{name}")  # in 0.4 a separate layer
     key = f"{prefix}out_proj_weight"
     value, target = state.get(key), module.out_proj_weight
     if isinstance(value, Tensor) and value.dim() == 3 and value.shape != target.shape and target.shape[0] == 1:
@@ -265,7 +264,7 @@ def _convert_attention(module: Any, state: dict[str, Any], prefix: str) -> None:
 
 
 def _as_blocks(weight: Tensor, groups: int, prefix: str) -> Tensor | None:
-    """The blocks of a weight in any of the forms that a version stored; None if it has another."""
+    """The blocks of a weight in any form that some version stored; None for other forms."""
     if weight.dim() == 3:  # (out_features, in_block, 1) until 0.4, of a convolution
         if weight.shape[0] == groups:
             return weight

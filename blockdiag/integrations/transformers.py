@@ -1,4 +1,4 @@
-"""Hugging Face's models: a step that makes their layers convertible."""
+"""Hugging Face transformers: makes Conv1D layers convertible."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,13 +16,13 @@ __all__ = ["conv1d_to_linear"]
 def conv1d_to_linear(
     model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (), inplace: bool = False
 ) -> nn.Module:
-    """Replaces the ``Conv1D`` layers of GPT-2 and its relatives by :class:`torch.nn.Linear` that compute the same.
+    """Replaces the ``Conv1D`` layers of GPT-2 and similar models by equivalent :class:`torch.nn.Linear` layers.
 
-    Despite its name a ``Conv1D`` is a linear layer, whose weight is stored transposed. As ``nn.Linear`` it can be
-    compressed by :func:`blockdiag.compress`.
+    Despite its name, ``Conv1D`` is a linear layer with a transposed weight. :func:`blockdiag.compress` can compress it
+    once it is an ``nn.Linear``.
 
     Args:
-        model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped anew: use what is returned.
+        model: any module. A :class:`~torch.nn.parallel.DistributedDataParallel` is wrapped again: use the returned one.
         optimizers: optimizers of the model, rebound to the new parameters with all of their state. Needs ``inplace``.
         inplace: whether to change the model itself. Default: a copy.
 
@@ -30,7 +30,7 @@ def conv1d_to_linear(
         The model.
 
     Raises:
-        ValueError: there is no ``Conv1D`` in it, or one is on the meta device, not finite, or shares its parameters.
+        ValueError: the model has no ``Conv1D``, or one is on the meta device, not finite, or shares its parameters.
 
     Example::
 
@@ -46,7 +46,7 @@ def conv1d_to_linear(
     """
     return exchange(
         model,
-        # By name: isinstance would need the library.
+        # By name, as isinstance would need the library.
         lambda module: type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils",
         _as_linear,
         missing="conv1d_to_linear: expected a model with transformers' Conv1D inside",

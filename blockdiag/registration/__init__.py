@@ -1,1 +1,1 @@
-"""What other parts of PyTorch have to know of the ops."""
+"""Registers the ops with other parts of PyTorch."""

@@ -1,4 +1,4 @@
-"""How :class:`torch.distributed.tensor.DTensor` may shard the ops."""
+"""Sharding rules of the ops for :class:`torch.distributed.tensor.DTensor`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,17 +11,17 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from blockdiag.registration.layout import feature_dims
 
-# One way to shard an op over one dimension of a mesh: the placements of its outputs and of its arguments.
+# A sharding of an op over one dimension of a mesh: the placements of its outputs and of its arguments.
 Sharding = tuple[list[Placement], list[Placement | None]]
 
 
 def feature_dim(input: Any, weight_shape: Sequence[int]) -> int:
-    """The dimension of an input, or of its output, that runs over the blocks."""
+    """The dimension of an input, or of its output, that contains the blocks."""
     return len(input.shape) - feature_dims(input.shape, weight_shape)
 
 
 def _splits(num_blocks: int, mesh: DeviceMesh) -> bool:
-    """Whether all shards are of whole blocks, and of equally many."""
+    """Whether all shards have equally many whole blocks."""
     return all(num_blocks % size == 0 for size in mesh.shape)
 
 
@@ -57,7 +57,7 @@ def _shard_linear_weight_grad(grad_output: Any, input: Any, weight_sizes: Sequen
 
 
 def _weight_bias_grad(op: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """By the separate ops: DTensor makes local sizes of an argument for ops with one result only."""
+    """Calls the separate ops: DTensor localizes an argument's sizes only for ops with one result."""
     grad_output, input, weight_sizes = args
     grad = torch.ops.blockdiag.linear_weight_grad(grad_output, input, weight_sizes)
     leading = list(range(feature_dim(input, weight_sizes)))
@@ -72,8 +72,8 @@ def register_sharding_rules() -> None:
     register_sharding(ops.linear_weight_grad.default)(_shard_linear_weight_grad)
     dispatcher: Any = DTensor._op_dispatcher
     dispatcher._custom_op_handlers[ops.linear_weight_bias_grad.default] = _weight_bias_grad
-    # Their third argument is the size of the result: of its local part, where each shard computes its own.
+    # The third argument is the size of the result, which must be local if each shard computes its own part.
     for op in (ops.linear_input_grad.default, ops.linear_weight_grad.default):
         dispatcher.sharding_propagator.op_to_shape_and_stride_idx[op] = 2
-        # The list of sizes is kept as one argument.
+        # Keep the list of sizes as one argument.
         dispatcher.sharding_propagator.op_to_schema_info[op] = RuntimeSchemaInfo(static_argnum=2)

@@ -1,4 +1,4 @@
-"""What :class:`torch.utils.flop_counter.FlopCounterMode` counts for the ops: two operations for each product."""
+"""FLOP formulas of the ops for :class:`torch.utils.flop_counter.FlopCounterMode`: two per product."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,13 +23,13 @@ def linear_weight_grad(
 
 
 def register_flop_formulas() -> None:
-    """Once for a process: where the package is imported again, the formulas of the first time stay."""
+    """Idempotent: if the package is imported again, the first formulas stay."""
     ops = torch.ops.blockdiag
     formulas: dict[Any, Callable[..., int]] = {
         ops.linear: linear,
         ops.linear_input_grad: linear_input_grad,
         ops.linear_weight_grad: linear_weight_grad,
-        ops.linear_weight_bias_grad: linear_weight_grad,  # sums are not counted, as torch's own formulas do not
+        ops.linear_weight_bias_grad: linear_weight_grad,  # sums are not counted, as in torch's own formulas
     }
     for op, formula in formulas.items():
         if op not in flop_registry:

@@ -1,4 +1,4 @@
-"""How the ops read their activations, as their C++ check does."""
+"""The layout in which the ops read activations, as their C++ check determines it."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Export to ONNX, as plain operators that any runtime has: it needs no library of ours."""
+"""Export to ONNX as standard operators, so that runtimes need no library of ours."""
 
 import importlib
 import importlib.abc
@@ -14,18 +14,18 @@ from blockdiag.registration.layout import feature_dims
 
 __all__ = ["translation_table"]
 
-_TORCHLIB = "torch.onnx._internal.exporter._torchlib"  # what torch.onnx.export can translate
-_TRANSLATIONS = f"{_TORCHLIB}.ops"  # imported, for what registers itself there, when they are first asked for
+_TORCHLIB = "torch.onnx._internal.exporter._torchlib"  # torch.onnx.export's table of translations
+_TRANSLATIONS = f"{_TORCHLIB}.ops"  # registers translations when it is first imported
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The translation of ``torch.ops.blockdiag.linear`` for :func:`torch.onnx.export`.
 
-    A layer becomes a ``MatMul`` of the blocks between two transpositions. The batch may be dynamic. Once blockdiag is
-    imported, :func:`torch.onnx.export` finds this translation without the table (with ``dynamo=True``, its default).
+    A layer becomes a ``MatMul`` of the blocks between two transpositions. The batch may be dynamic. The table is
+    optional: with ``dynamo=True``, the default, importing blockdiag is enough.
 
     Raises:
-        ModuleNotFoundError: onnxscript, which :func:`torch.onnx.export` needs too, is not installed.
+        ModuleNotFoundError: onnxscript, which :func:`torch.onnx.export` also needs, is not installed.
 
     Example::
 
@@ -51,8 +51,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         stacked = feature_dims(input.shape, weight.shape) == 2
         features = [num_blocks, out_block] if stacked else [num_blocks * out_block]
         rows = op.Reshape(input, op.Constant(value_ints=[-1, num_blocks, in_block]))
-        # A Reshape that changes nothing: onnxruntime would fuse the transposition into the product, and then divide by
-        # zero where the batch is empty.
+        # Workaround: without this no-op Reshape, onnxruntime fuses the transposition into the product, and divides by
+        # zero if the batch is empty.
         by_block = op.Reshape(op.Transpose(rows, perm=[1, 0, 2]), op.Constant(value_ints=[num_blocks, -1, in_block]))
         product = op.MatMul(by_block, op.Transpose(weight, perm=[0, 2, 1]))
         output = op.Transpose(product, perm=[1, 0, 2])
@@ -71,7 +71,7 @@ def _register() -> None:
         for op, translation in translation_table().items():
             if op not in known:
                 torchlib.onnx_impl(op, no_compile=True)(translation)
-    except Exception as error:  # of another version of torch or onnxscript; only exports of our layers are concerned
+    except Exception as error:  # another version of torch or onnxscript; affects only exports of our layers
         warnings.warn(
             "blockdiag: torch.onnx.export needs "
             f"custom_translation_table=blockdiag.registration.onnx.translation_table(): {error}",
@@ -80,7 +80,7 @@ def _register() -> None:
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Registers the translation with torch's own: to import the exporter takes seconds, and most programs never do."""
+    """Registers the translation when the exporter is imported: that takes seconds, and most programs never do it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _TRANSLATIONS:
@@ -99,7 +99,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 
 def register_translation() -> None:
-    """Makes the translation known to :func:`torch.onnx.export`. Idempotent."""
+    """Registers the translation with :func:`torch.onnx.export`. Idempotent."""
     if _TRANSLATIONS in sys.modules:
         _register()
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):

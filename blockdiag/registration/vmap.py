@@ -1,8 +1,8 @@
-"""Batching rules: what :func:`torch.vmap` calls instead of the ops, once for the whole batch.
+"""Batching rules: :func:`torch.vmap` calls them instead of the ops, once for the whole batch.
 
-A batched activation alone is one more leading dimension. Where the weight, or its gradient, is batched too, V layers of
-G blocks become one layer of V * G blocks. Results have the batch dimension in front and are contiguous, as those of the
-ops are, so that they are contiguous for the mapped function too.
+A batched activation alone has one more leading dimension. If the weight, or its gradient, is batched too, V layers of G
+blocks become one layer of V * G blocks. Results have the batch dimension in front and are contiguous, so that the
+mapped function also sees contiguous results, as the ops promise.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ ops = torch.ops.blockdiag
 
 
 def _side_by_side(tensor: Tensor, batch_dim: int | None, batch_size: int, feature_dims: int) -> Tensor:
-    """The batched features as one row: (*, V * features), from (*, features) with the batch dimension somewhere."""
+    """Moves the batch dimension into the features: (*, V * features), from (*, features) batched at any dimension."""
     if batch_dim is None:
         tensor, batch_dim = tensor.expand(batch_size, *tensor.shape), 0
     return tensor.movedim(batch_dim, -1 - feature_dims).flatten(-1 - feature_dims)
@@ -32,7 +32,7 @@ def _one_by_one(tensor: Tensor, batch_size: int, features: Sequence[int]) -> Ten
 
 
 def _blocks(weight: Tensor, batch_dim: int) -> Tensor:
-    """The weights of V layers as one of V * G blocks."""
+    """The weights of V layers as one weight of V * G blocks."""
     return weight.movedim(batch_dim, 0).flatten(0, 1)
 
 
@@ -51,7 +51,7 @@ def linear(info: Any, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor 
         if bias is not None and bias_dim is not None:
             ones = [1] * (len(shape) - dims)
             bias = bias.movedim(bias_dim, 0).reshape(info.batch_size, *ones, *features)
-            # Under autocast the output has another dtype than the bias.
+            # Under autocast, the output's dtype may differ from the bias's.
             output = (output + bias.to(output.dtype)).contiguous()
         return output, 0
     if bias is not None:
@@ -98,7 +98,7 @@ def linear_weight_bias_grad(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[
 
 
 def register_batching_rules() -> None:
-    """Once for a process: where the package is imported again, the rules of the first time stay."""
+    """Idempotent: if the package is imported again, the first rules stay."""
     for rule in (linear, linear_input_grad, linear_weight_grad, linear_weight_bias_grad):
         if not getattr(ops, rule.__name__).default.has_kernel_for_dispatch_key(DispatchKey.FuncTorchBatched):
             register_vmap(f"blockdiag::{rule.__name__}", rule)

@@ -1,4 +1,4 @@
-// Products by ATen, which computes all dtypes.
+// ATen's products: the fallback for every dtype.
 #include "backend.h"
 
 #include "scalar_type.h"
@@ -12,7 +12,7 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// op(matrix) as a row-major (batch, rows, cols) tensor on the same memory.
+/// op(matrix) as a row-major (batch, rows, cols) view.
 at::Tensor row_major(const void* data, const GemmProblem& problem, const Operand& op, int64_t rows, int64_t cols) {
   return at::from_blob(
       const_cast<void*>(data), {problem.gemm.batch, rows, cols},
@@ -38,9 +38,7 @@ GemmProblem with_bias_written(const GemmProblem& problem, const Operands& operan
   return {problem.gemm, problem.dtype, {.accumulate = true}};
 }
 
-bool aten_takes(const GemmProblem& problem) {
-  return !problem.epilogue.bias_grad;
-}
+bool aten_takes(const GemmProblem& problem) { return !problem.epilogue.bias_grad; }
 
 bool aten_run(const GemmProblem& given, const Operands& operands) {
   const auto problem = with_bias_written(given, operands);
@@ -48,8 +46,8 @@ bool aten_run(const GemmProblem& given, const Operands& operands) {
   const auto left = row_major(operands.b, problem, gemm.b, gemm.n, gemm.k);
   const auto right = row_major(operands.a, problem, gemm.a, gemm.k, gemm.m);
   const auto out = result_of(problem, operands.c);
-  // bmm may copy strided operands and compute a strided result in a copy: so that no copy grows with the tensors, it gets
-  // few blocks at a time, and large blocks go to mm, which copies none.
+  // bmm may copy strided operands and results. To bound the copies it gets a few blocks at a time, and large blocks go
+  // to mm, which copies nothing.
   constexpr int64_t kCopyBytes = 1 << 18;
   const int64_t largest = std::max({gemm.n * gemm.m, gemm.n * gemm.k, gemm.k * gemm.m});
   const int64_t step = std::max<int64_t>(kCopyBytes / (largest * size_of(problem.dtype)), 1);

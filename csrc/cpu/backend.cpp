@@ -59,8 +59,8 @@ bool has(const char* feature) {
   return found != features.end() && found->second.isBool() && found->second.toBool();
 }
 
-/// Half types that torch multiplies by instructions that our kernels do not use, in blocks so large that its GEMM earns the
-/// calls and copies that it costs.
+/// Half types that torch multiplies with native instructions that our kernels do not use, in blocks large enough to
+/// repay the calls and copies of its GEMM.
 bool native_half_takes(const GemmProblem& problem) {
   static const bool bfloat16 = has("amx_bf16"), float16 = has("avx512_fp16") || has("amx_fp16");
   const auto& gemm = problem.gemm;
@@ -68,7 +68,7 @@ bool native_half_takes(const GemmProblem& problem) {
          ((problem.dtype == DType::kBFloat16 && bfloat16) || (problem.dtype == DType::kFloat16 && float16));
 }
 
-/// The instruction sets that this CPU has, the widest first. ATEN_CPU_CAPABILITY limits them, as it limits torch's kernels.
+/// The CPU's instruction sets, widest first. ATEN_CPU_CAPABILITY limits them, as it limits torch's kernels.
 void add_kernels(std::vector<Provider>& providers) {
   const auto capability = at::get_cpu_capability();
   if (!has("f16c") || (capability != "AVX2" && capability != "AVX512")) {

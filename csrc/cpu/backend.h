@@ -1,15 +1,15 @@
-// Computes problems on a CPU.
+// The CPU backend.
 #pragma once
 
 #include "problem/providers.h"
 
 namespace blockdiag::cpu {
 
-/// Our own kernels by instruction set, for float32 and half types; MKL, if torch has it; ATen. At first the best is
-/// preferred, or what the environment variable BLOCKDIAG_CPU_GEMM names.
+/// Our own kernels by instruction set, for float32 and half types; MKL, if torch has it; ATen. The default is the first
+/// available, or the one that the environment variable BLOCKDIAG_CPU_GEMM names.
 Providers& backend();
 
-// What stands in for kernels of our own. Each takes every dtype that it computes, and a bias, which it writes to C first.
+// The libraries behind our own kernels. Each takes a bias, which it writes to C before the product is added.
 
 bool mkl_is_available();
 bool mkl_takes(const GemmProblem& problem);
@@ -18,7 +18,7 @@ bool mkl_run(const GemmProblem& problem, const Operands& operands);
 bool aten_takes(const GemmProblem& problem);
 bool aten_run(const GemmProblem& problem, const Operands& operands);
 
-/// Writes the bias, if the problem has one, to C; what is left is to be added to that.
+/// Writes the bias, if any, to C. Returns the problem that adds the product to it.
 GemmProblem with_bias_written(const GemmProblem& problem, const Operands& operands);
 
 } // namespace blockdiag::cpu

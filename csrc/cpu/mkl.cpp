@@ -1,7 +1,7 @@
 // MKL's batched GEMM.
 //
-// torch's x86 builds carry MKL. Its batched GEMM takes the blocks where they lie, but torch calls it on contiguous batches
-// only, and a link against it would break on torch builds with another BLAS: so it is looked up when it is first needed.
+// torch's x86 builds contain MKL. Its batched GEMM takes strided blocks in place, but torch calls it on contiguous
+// batches only. Linking against it would break on torch builds with another BLAS, so it is looked up on first use.
 #include "backend.h"
 
 #include <ATen/Context.h>
@@ -15,8 +15,8 @@
 namespace blockdiag::cpu {
 namespace {
 
-// cblas_?gemm_batch of https://www.intel.com/content/www/us/en/docs/onemkl/developer-reference-c/2024-2/cblas-gemm-batch.html
-// with the pointers to scalars and matrices untyped.
+// cblas_?gemm_batch with untyped pointers to scalars and matrices:
+// https://www.intel.com/content/www/us/en/docs/onemkl/developer-reference-c/2024-2/cblas-gemm-batch.html
 using MklGemmBatch = void (*)(
     int layout, const int* trans_a, const int* trans_b, const int* m, const int* n, const int* k, const void* alpha,
     const void** a, const int* lda, const void** b, const int* ldb, const void* beta, void** c, const int* ldc,
@@ -31,8 +31,8 @@ struct Mkl {
     if (!at::globalContext().hasMKL()) {
       return;
     }
-    // Searched in torch's own library and what it links, not in all that the process has loaded: another BLAS there may
-    // have a function of this name with 64-bit integers.
+    // Search torch's own library and its dependencies only: another BLAS in the process may have a function of this
+    // name with 64-bit integers.
     Dl_info torch;
     if (dladdr(reinterpret_cast<const void*>(&at::globalContext), &torch) == 0) {
       return;
@@ -48,9 +48,7 @@ struct Mkl {
 #endif
   }
 
-  bool available() const {
-    return s != nullptr && d != nullptr && c != nullptr && z != nullptr;
-  }
+  bool available() const { return s != nullptr && d != nullptr && c != nullptr && z != nullptr; }
 };
 
 const Mkl& mkl() {
@@ -58,7 +56,7 @@ const Mkl& mkl() {
   return functions;
 }
 
-/// Where each block of an operand starts.
+/// The address of each block of an operand.
 template <typename Pointer, typename T>
 c10::SmallVector<Pointer, 32> block_starts(T* first, const Operand& operand, int64_t batch) {
   c10::SmallVector<Pointer, 32> starts;
@@ -78,7 +76,7 @@ void run(MklGemmBatch gemm_batch, const GemmProblem& problem, const Operands& op
   auto c = block_starts<void*>(static_cast<T*>(operands.c), gemm.c, gemm.batch);
   const int trans_a = gemm.a.transpose ? kTrans : kNoTrans;
   const int trans_b = gemm.b.transpose ? kTrans : kNoTrans;
-  // The check has made sure that every size and leading dimension fits 32 bits.
+  // The check guarantees that every size and leading dimension fits 32 bits.
   const int m = static_cast<int>(gemm.m), n = static_cast<int>(gemm.n), k = static_cast<int>(gemm.k);
   const int lda = static_cast<int>(gemm.a.ld), ldb = static_cast<int>(gemm.b.ld), ldc = static_cast<int>(gemm.c.ld);
   const int group_size = static_cast<int>(gemm.batch);
@@ -92,14 +90,10 @@ void run(MklGemmBatch gemm_batch, const GemmProblem& problem, const Operands& op
 
 } // namespace
 
-bool mkl_is_available() {
-  return mkl().available();
-}
+bool mkl_is_available() { return mkl().available(); }
 
-/// Not half types: torch has no MKL function for them, and computes them elsewhere.
-bool mkl_takes(const GemmProblem& problem) {
-  return !is_half(problem.dtype) && !problem.epilogue.bias_grad;
-}
+/// Not half types: torch has no MKL function for them and computes them elsewhere.
+bool mkl_takes(const GemmProblem& problem) { return !is_half(problem.dtype) && !problem.epilogue.bias_grad; }
 
 bool mkl_run(const GemmProblem& given, const Operands& operands) {
   const auto problem = with_bias_written(given, operands);

@@ -1,4 +1,4 @@
-// Computes problems on a GPU: on the current device and stream.
+// The CUDA backend, on the current device and stream.
 #pragma once
 
 #include "problem/providers.h"
@@ -7,14 +7,14 @@
 
 namespace blockdiag::cuda {
 
-/// Kernels of our own for small blocks, cuBLASLt, cuBLAS. What has not run on a GPU is not asked by default: cuBLAS is
-/// preferred, or what the environment variable BLOCKDIAG_CUDA_GEMM names.
+/// Our own kernels for small blocks, cuBLASLt, cuBLAS. The default is cuBLAS, as the others have not run on a GPU yet,
+/// or the one that the environment variable BLOCKDIAG_CUDA_GEMM names.
 Providers& backend();
 
-/// The versions of cuBLAS built with and found.
+/// The versions of cuBLAS at build time and at run time.
 std::string cublas_versions();
 
-/// How often cuBLASLt was asked, and computed, in words.
+/// Call counts of cuBLASLt, as text.
 std::string cublaslt_calls();
 
 bool cublas_takes(const GemmProblem& problem);

@@ -1,4 +1,4 @@
-// Products by cuBLAS's strided batched GEMM, which computes all dtypes.
+// cuBLAS's strided batched GEMM: the fallback for every dtype.
 #include "cublas.h"
 
 #include "backend.h"
@@ -14,7 +14,7 @@
 namespace blockdiag::cuda {
 namespace {
 
-/// Adds to the handle's math mode, for as long as it lives, that half products are not to be reduced in half precision if
+/// While alive, disallows reductions in half precision in the handle's math mode if
 /// torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction says so.
 class ReductionMode {
  public:
@@ -47,7 +47,7 @@ class ReductionMode {
   bool disallow_;
 };
 
-/// 1 or 0 in every type that cuBLAS reads alpha and beta in: the compute type, real or complex.
+/// 1 or 0 in every type of alpha and beta: the compute type, real or complex.
 struct Scalar {
   float as_float[2];
   double as_double[2];
@@ -59,8 +59,8 @@ struct Scalar {
   }
 };
 
-/// Writes the bias to each column of C: the product is added to it, without a second pass over the result, and without
-/// rounding between product and bias.
+/// Writes the bias to each column of C, before the product is added: no second pass over the result, and no rounding
+/// between product and bias.
 void write_bias(const GemmProblem& problem, const Operands& operands) {
   const auto& [m, n, k, batch, a, b, c] = problem.gemm;
   const at::Device device(at::kCUDA, c10::cuda::current_device());
@@ -68,7 +68,7 @@ void write_bias(const GemmProblem& problem, const Operands& operands) {
     return at::for_blob(const_cast<void*>(data), sizes)
         .strides(strides)
         .options(at::device(device).dtype(scalar_type_of(problem.dtype)))
-        .target_device(device) // known: the driver need not be asked for the pointer's
+        .target_device(device) // saves a query of the pointer's device
         .make_tensor();
   };
   tensor(operands.c, {n, batch, m}, {c.ld, c.stride, 1}).copy_(tensor(operands.bias, {batch, m}, {m, 1}));
@@ -76,17 +76,15 @@ void write_bias(const GemmProblem& problem, const Operands& operands) {
 
 } // namespace
 
-bool cublas_takes(const GemmProblem& problem) {
-  return !problem.epilogue.bias_grad;
-}
+bool cublas_takes(const GemmProblem& problem) { return !problem.epilogue.bias_grad; }
 
 bool cublas_run(const GemmProblem& problem, const Operands& operands) {
   const auto& gemm = problem.gemm;
   if (problem.epilogue.bias) {
     write_bias(problem, operands);
   }
-  // ATen's handle: bound to the current stream, with a workspace from the caching allocator that graph capture knows of,
-  // and in the math mode that torch.backends and torch.set_float32_matmul_precision ask for.
+  // ATen's handle is bound to the current stream, has a workspace from the caching allocator, which supports graph
+  // capture, and the math mode that torch.backends and torch.set_float32_matmul_precision ask for.
   const cublasHandle_t handle = at::cuda::getCurrentCUDABlasHandle();
   cublasMath_t mode = CUBLAS_DEFAULT_MATH;
   check_status(cublasGetMathMode(handle, &mode), "cublasGetMathMode", problem);
@@ -96,7 +94,7 @@ bool cublas_run(const GemmProblem& problem, const Operands& operands) {
 
   const auto trans_a = gemm.a.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
   const auto trans_b = gemm.b.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
-  // The check has made sure that every size and leading dimension fits 32 bits.
+  // The check guarantees that every size and leading dimension fits 32 bits.
   const int m = static_cast<int>(gemm.m), n = static_cast<int>(gemm.n), k = static_cast<int>(gemm.k);
   const int lda = static_cast<int>(gemm.a.ld), ldb = static_cast<int>(gemm.b.ld), ldc = static_cast<int>(gemm.c.ld);
   const Scalar one(1), beta(problem.epilogue.bias || problem.epilogue.accumulate ? 1 : 0);
@@ -109,7 +107,7 @@ bool cublas_run(const GemmProblem& problem, const Operands& operands) {
     check_status(status, "cublasGemmEx", problem);
     return true;
   }
-  // Batched kernels index blocks with a grid dimension that ends at 65535.
+  // Batched kernels index blocks with a grid dimension of at most 65535.
   constexpr int64_t kMaxBatch = 65535;
   const int64_t bytes = size_of(problem.dtype);
   for (int64_t start = 0; start < gemm.batch; start += kMaxBatch) {

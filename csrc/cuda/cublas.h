@@ -1,4 +1,4 @@
-// What cuBLAS and cuBLASLt share: types, and errors that name the status and the problem.
+// Shared by cuBLAS and cuBLASLt: types, and errors that name the status and the problem.
 #pragma once
 
 #include "problem/gemm.h"
@@ -10,7 +10,7 @@
 
 namespace blockdiag::cuda {
 
-/// How cuBLAS is told of a dtype: half types are accumulated in float32.
+/// A dtype in cuBLAS's terms. Half types accumulate in float32.
 struct Types {
   cudaDataType_t data;
   cublasComputeType_t compute;
@@ -34,7 +34,8 @@ inline Types types_of(DType dtype, bool tf32) {
   }
 }
 
-/// How a dtype's products may be reduced: torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction.
+/// The allowed reductions of a dtype's products:
+/// torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction.
 inline at::CuBLASReductionOption reduction_option(DType dtype) {
   switch (dtype) {
     case DType::kFloat16:

@@ -20,8 +20,8 @@ namespace blockdiag {
 /// returns (*, G * N) for a concatenated input and (*, G, N) for a stacked one, contiguous.
 ///
 /// All share one device and one dtype: float16 or bfloat16 (accumulated in float32), float32, float64, complex64 or
-/// complex128. Autocast casts them as it casts those of torch::nn::functional::linear. Throws c10::Error on anything
-/// else, before any work. Differentiable to any order.
+/// complex128. Autocast applies as to torch::nn::functional::linear. Throws c10::Error on anything else, before any
+/// work. Differentiable to any order.
 at::Tensor linear(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias = std::nullopt
 );
@@ -30,8 +30,8 @@ at::Tensor linear(
 /// the conjugate of its weight).
 at::Tensor linear_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes);
 
-/// The sum over the batch of grad_output[..., g, :]^T input[..., g, :], of shape `weight_sizes`: the gradient of linear's
-/// weight (for complex tensors, given the conjugate of its input).
+/// The sum over the batch of grad_output[..., g, :]^T input[..., g, :], of shape `weight_sizes`: the gradient of
+/// linear's weight (for complex tensors, given the conjugate of its input).
 at::Tensor linear_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes);
 
 /// linear_weight_grad, and grad_output summed over the batch, (G, N): the gradient of linear's bias.
@@ -39,7 +39,7 @@ std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
     const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
 );
 
-/// What this library was built with, and what it found when it was loaded.
+/// The versions that this library was built with, and those that it found at load time.
 std::map<std::string, std::string> build_info();
 
 } // namespace blockdiag

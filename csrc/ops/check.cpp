@@ -34,8 +34,6 @@ void check_fits_blas(const char* op, const char* what, const c10::SymInt& size) 
   }
 }
 
-DType dtype_of(const at::Tensor& tensor) {
-  return find_dtype(tensor.scalar_type()).value();
-}
+DType dtype_of(const at::Tensor& tensor) { return find_dtype(tensor.scalar_type()).value(); }
 
 } // namespace blockdiag

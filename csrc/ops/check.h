@@ -1,4 +1,4 @@
-// What the checks of all ops share: dtypes, devices, and sizes that BLAS can address.
+// Shared by the checks of all ops: dtypes, devices, and sizes that BLAS can address.
 #pragma once
 
 #include "problem/dtype.h"
@@ -13,11 +13,10 @@ namespace blockdiag {
 
 using NamedTensor = std::pair<const char*, const at::Tensor*>;
 
-/// Checks that all tensors have one dtype, which the ops take, and are on one device.
+/// Checks that all tensors have one supported dtype and one device.
 void check_dtypes_and_devices(const char* op, std::initializer_list<NamedTensor> tensors);
 
-/// Checks that a size fits BLAS's 32-bit integers. Symbolic sizes pass: they are checked when the traced program runs on
-/// real ones.
+/// Checks that a size fits BLAS's 32-bit integers. Symbolic sizes pass: they are checked when the traced program runs.
 void check_fits_blas(const char* op, const char* what, const c10::SymInt& size);
 
 /// The dtype of a tensor that has passed the check.

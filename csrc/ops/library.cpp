@@ -1,4 +1,4 @@
-// Registers the ops; and the C++ functions that call them through the dispatcher.
+// Registers the ops, and defines the C++ functions that call them through the dispatcher.
 #include "include/blockdiag.h"
 #include "schemas.h"
 

@@ -19,7 +19,7 @@ LinearSizes check_sizes(const char* op, c10::SymIntArrayRef input, c10::SymIntAr
   TORCH_CHECK(!input.empty(), op, ": expected input to have at least 1 dimension, but got a scalar");
   LinearSizes sizes{1, weight[0], weight[2], weight[1], false, {}};
   const auto& [batch, num_blocks, in_block, out_block, stacked, output] = sizes;
-  // Each by itself first, so that their products do not overflow.
+  // Each factor first, so that the products do not overflow.
   check_fits_blas(op, "num_blocks", num_blocks);
   check_fits_blas(op, "in_block", in_block);
   check_fits_blas(op, "out_block", out_block);
@@ -134,7 +134,7 @@ struct Sizes {
         stacked(sizes.stacked) {}
 };
 
-/// Row-major matrices of a contiguous activation: the blocks lie side by side in each row.
+/// Row-major matrices of a contiguous activation: the blocks are side by side in each row.
 Blocks contiguous_activation(const Sizes& sizes, int64_t block) {
   return {sizes.batch, block, sizes.num_blocks * block, 1, block};
 }
@@ -146,7 +146,7 @@ Blocks contiguous_weight(const Sizes& sizes) {
 
 /// The stride that steps through all leading dimensions of `tensor` as one, or nothing if there is none.
 std::optional<int64_t> batch_stride(const at::Tensor& tensor, int64_t leading_dims) {
-  std::optional<int64_t> inner; // the innermost stride of more than one element
+  std::optional<int64_t> inner; // the innermost stride over more than one element
   int64_t next = 0;
   for (int64_t dim = leading_dims - 1; dim >= 0; --dim) {
     const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
@@ -162,7 +162,7 @@ std::optional<int64_t> batch_stride(const at::Tensor& tensor, int64_t leading_di
   return inner.value_or(0);
 }
 
-/// `tensor`, (*, num_blocks * block) or (*, num_blocks, block), as it lies in memory.
+/// The memory layout of `tensor`, (*, num_blocks * block) or (*, num_blocks, block).
 std::optional<Blocks> activation_blocks(const at::Tensor& tensor, const Sizes& sizes, int64_t block) {
   const int64_t leading_dims = tensor.dim() - (sizes.stacked ? 2 : 1);
   const auto row_stride = batch_stride(tensor, leading_dims);
@@ -254,8 +254,8 @@ at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stac
   for (const auto dim : c10::irange(grad_output.dim() - (stacked ? 2 : 1))) {
     leading.push_back(dim);
   }
-  // A copy where there is nothing to sum: a parameter's gradient must not share memory with the gradient that arrived. A sum
-  // is laid out as what it is of, which may be transposed.
+  // A copy if there is nothing to sum: a parameter's gradient must not alias the incoming gradient. A sum has the
+  // layout of its argument, which may be transposed.
   const auto sum =
       leading.empty() ? grad_output.clone(at::MemoryFormat::Contiguous) : grad_output.sum(leading).contiguous();
   if (stacked == bias_stacked) {

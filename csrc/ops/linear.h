@@ -1,4 +1,4 @@
-// The linear op and its gradients: the one check, which every dispatch key calls, so that callers of torch.ops get it too,
+// The linear op and its gradients: one check, which every dispatch key calls, so that callers of torch.ops get it too,
 // and the lowering to products.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace blockdiag {
 
 using SymSizes = c10::SmallVector<c10::SymInt, 5>;
 
-/// What the sizes of input and weight say of one layer.
+/// The sizes of one layer, from its input and weight.
 struct LinearSizes {
   c10::SymInt batch; // product of the input's leading dimensions
   c10::SymInt num_blocks, in_block, out_block;
@@ -22,8 +22,8 @@ struct LinearSizes {
   SymSizes output; // the shape of the output
 };
 
-/// True if an input of `dims` dimensions, the last of them of size `last`, is read as stacked, (*, G, K): where that is K,
-/// and not G * K as in a concatenated input. The one rule: batching and sharding rules and translations ask it too.
+/// True if an input of `dims` dimensions, the last of size `last`, is read as stacked, (*, G, K): if `last` is K, and
+/// not G * K as in a concatenated input. Batching rules, sharding rules and translations use this rule too.
 bool is_stacked(int64_t dims, const c10::SymInt& last, c10::SymIntArrayRef weight_sizes);
 
 inline bool is_stacked(c10::SymIntArrayRef input_sizes, c10::SymIntArrayRef weight_sizes) {
@@ -36,7 +36,7 @@ LinearSizes check_linear_input_grad(
     const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes
 );
 
-/// Of blockdiag::linear_weight_grad, and of blockdiag::linear_weight_bias_grad.
+/// Serves blockdiag::linear_weight_grad and blockdiag::linear_weight_bias_grad.
 LinearSizes check_linear_weight_grad(
     const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
 );
@@ -51,15 +51,15 @@ Product lower_linear_weight_grad(
     const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
 );
 
-/// The gradient of the bias by itself: grad_output summed over the batch, as (num_blocks, out_block) or as one row.
+/// The gradient of the bias alone: grad_output summed over the batch, as (num_blocks, out_block) or as one row.
 at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stacked, c10::SymIntArrayRef weight_sizes);
 
-/// linear_weight_grad, by the dispatcher, and bias_grad as (num_blocks, out_block).
+/// linear_weight_grad through the dispatcher, and bias_grad as (num_blocks, out_block).
 std::tuple<at::Tensor, at::Tensor> separate_weight_and_bias_grad(
     const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
 );
 
-/// linear_weight_bias_grad by a backend: in one kernel where a provider has one.
+/// linear_weight_bias_grad on a backend: fused if a provider has such a kernel.
 std::tuple<at::Tensor, at::Tensor> compute_weight_bias_grad(
     const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes, const Providers& backend
 );

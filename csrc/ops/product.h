@@ -1,4 +1,4 @@
-// An op lowered to a product of matrices that lie in tensors, and how a backend computes it.
+// An op lowered to a product of matrices in tensors, and its computation on a backend.
 #pragma once
 
 #include "problem/providers.h"
@@ -14,7 +14,7 @@ namespace blockdiag {
 /// A problem on tensors; its sizes may be 0.
 struct Product {
   GemmProblem problem;
-  // BLAS's operands, where the caller's tensors lie; copies only of what BLAS cannot address.
+  // BLAS's operands: the caller's tensors, or copies of those that BLAS cannot address.
   at::Tensor a, b;
   // Contiguous, batch x m; undefined if there is none.
   at::Tensor bias;
@@ -27,14 +27,13 @@ struct Placed {
   Blocks blocks;
 };
 
-/// `tensor` if BLAS can address its `blocks` (nothing if these have no strides), or else a contiguous copy.
+/// `tensor` if BLAS can address its `blocks` (nothing if they have no constant strides), or else a contiguous copy.
 Placed place(const at::Tensor& tensor, const std::optional<Blocks>& blocks, const Blocks& contiguous);
 
 /// Allocates the result and computes it.
 at::Tensor compute(const Product& product, const Providers& backend);
 
-/// The same of a weight's gradient, with the gradient of the bias, (batch, n), from the same kernel. Nothing where no
-/// provider has such a kernel.
+/// The same for a weight's gradient, fused with the gradient of the bias, (batch, n). Nothing if no provider can.
 std::optional<std::pair<at::Tensor, at::Tensor>> compute_with_bias_grad(Product product, const Providers& backend);
 
 } // namespace blockdiag

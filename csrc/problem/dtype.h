@@ -1,4 +1,4 @@
-// The element types that problems are of.
+// The element types of problems.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,6 @@ constexpr const char* name_of(DType dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
-constexpr bool is_half(DType dtype) {
-  return dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-}
+constexpr bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 
 } // namespace blockdiag

@@ -1,10 +1,10 @@
-// What is done beside the product C = op(A) op(B), in the same problem.
+// The epilogue of a product C = op(A) op(B).
 #pragma once
 
 namespace blockdiag {
 
 struct Epilogue {
-  /// Adds to C what it holds, rather than overwriting it.
+  /// Adds the product to C rather than overwriting it.
   bool accumulate = false;
   /// Adds `bias`, (batch, m) and contiguous, to each column of C.
   bool bias = false;

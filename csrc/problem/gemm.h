@@ -1,7 +1,6 @@
-// A strided batched GEMM with its epilogue, in BLAS's column-major terms: what every pass of the linear op is lowered to.
+// A strided batched GEMM with its epilogue, in BLAS's column-major terms: the lowering of every pass of the linear op.
 //
-// Free of devices and of torch: both backends run what is described here and describe nothing of their own, so that what
-// is tested on a CPU is what a GPU runs.
+// Independent of devices and torch: both backends run what is described here, so CPU tests cover what a GPU runs.
 #pragma once
 
 #include "dtype.h"
@@ -17,18 +16,15 @@ namespace blockdiag {
 /// The largest size and leading dimension that BLAS's 32-bit integers hold.
 constexpr int64_t kBlasMax = std::numeric_limits<int32_t>::max();
 
-/// One matrix per block, as it lies in memory: element (i, j) of block g stands at
-/// g * block_stride + i * row_stride + j * col_stride.
+/// One matrix per block, as stored: element (i, j) of block g is at g * block_stride + i * row_stride + j * col_stride.
 struct Blocks {
   int64_t rows, cols;
   int64_t row_stride, col_stride, block_stride;
 
-  Blocks transposed() const {
-    return {cols, rows, col_stride, row_stride, block_stride};
-  }
+  Blocks transposed() const { return {cols, rows, col_stride, row_stride, block_stride}; }
 };
 
-/// One matrix per block, as BLAS is told of it: op, leading dimension, and the stride from block to block.
+/// One matrix per block, in BLAS's terms: op, leading dimension, and the stride from block to block.
 struct Operand {
   bool transpose = false;
   int64_t ld = 0;
@@ -41,14 +37,14 @@ struct Gemm {
   Operand a, b, c;
 };
 
-/// A GEMM of matrices of one type, and what is done beside it. No size is 0.
+/// A GEMM of one dtype with its epilogue. No size is 0.
 struct GemmProblem {
   Gemm gemm;
   DType dtype;
   Epilogue epilogue;
 };
 
-/// Where the matrices of a problem lie. C overlaps neither A nor B. What the epilogue does not ask for is null.
+/// The addresses of a problem's matrices. C aliases neither A nor B. What the epilogue does not use is null.
 struct Operands {
   const void* a;
   const void* b;
@@ -61,7 +57,7 @@ struct Operands {
 ///
 /// A row-major matrix read column by column is its own transpose, so unit column stride needs no op and unit row stride
 /// needs one. The leading dimension must reach past the unit-stride dimension; the stride of a dimension of one element
-/// means nothing.
+/// is arbitrary.
 inline std::optional<Operand> transposed_operand(const Blocks& blocks) {
   const auto reaches = [](int64_t stride, int64_t extent) { return stride >= extent && stride <= kBlasMax; };
   const int64_t cols = std::max<int64_t>(blocks.cols, 1);
@@ -87,8 +83,8 @@ inline std::optional<Operand> transposed_operand(const Blocks& blocks) {
 
 /// out[g] = left[g] right[g] for every block g, as BLAS computes it: out^T = right^T left^T.
 ///
-/// `left` and `right` must be addressable (see transposed_operand), and `out` row-major. A product of no elements, or a sum
-/// of none, is not for BLAS: its operands are left unset, as its strides mean nothing.
+/// `left` and `right` must be addressable (see transposed_operand), and `out` row-major. An empty product or sum never
+/// reaches BLAS: its operands stay unset, as its strides are arbitrary.
 inline Gemm describe_product(const Blocks& left, const Blocks& right, const Blocks& out, int64_t num_blocks) {
   Gemm gemm{.m = right.cols, .n = left.rows, .k = left.cols, .batch = num_blocks, .a = {}, .b = {}, .c = {}};
   if (gemm.m != 0 && gemm.n != 0 && gemm.k != 0 && gemm.batch != 0) {

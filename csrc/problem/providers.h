@@ -1,4 +1,4 @@
-// A backend: an ordered list of providers, of which the first that takes a problem computes it.
+// A backend: an ordered list of providers. The first that takes a problem computes it.
 #pragma once
 
 #include "gemm.h"
@@ -17,16 +17,16 @@ namespace blockdiag {
 /// One way to compute problems: kernels of our own, or a library.
 struct Provider {
   std::string name;
-  /// Whether it computes such a problem, as far as the problem tells.
+  /// Whether the provider supports the problem, judging by its description.
   bool (*takes)(const GemmProblem& problem);
-  /// Computes the problem. False, with nothing written, where only the attempt shows that it cannot.
+  /// Computes the problem. False, with nothing written, if only the attempt shows that it cannot.
   bool (*run)(const GemmProblem& problem, const Operands& operands);
 };
 
 class Providers {
  public:
-  /// The first provider asked is the one that the environment variable `variable` names, or else `preferred`, or else the
-  /// first in the list. `where` ends the message about a name that is not in it.
+  /// The preferred provider is the one that the environment variable `variable` names, or else `preferred`, or else the
+  /// first in the list. `where` ends the message about an unknown name.
   Providers(
       std::vector<Provider> providers, const char* variable, const char* preferred = nullptr, const char* where = ""
   )
@@ -36,17 +36,13 @@ class Providers {
     first_ = name == nullptr ? 0 : find(name, variable);
   }
 
-  /// Names the first provider asked, for the whole process: those before it are left out, those behind it are fallbacks.
-  /// Throws std::invalid_argument if there is none of this name.
-  void prefer(const std::string& name) {
-    first_ = find(name, "the name of a library");
-  }
+  /// Sets the preferred provider, process-wide: those before it are skipped, those after it are fallbacks. Throws
+  /// std::invalid_argument for an unknown name.
+  void prefer(const std::string& name) { first_ = find(name, "the name of a library"); }
 
-  const std::string& preferred() const {
-    return providers_[first_].name;
-  }
+  const std::string& preferred() const { return providers_[first_].name; }
 
-  /// All names, the last fallback first.
+  /// All names, last fallback first.
   std::string names() const {
     std::string names;
     for (auto provider = providers_.rbegin(); provider != providers_.rend(); ++provider) {

@@ -16,7 +16,7 @@ namespace {
 
 namespace py = pybind11;
 
-/// What blockdiag/backends chooses by: the preferred provider, after preferring the one named, if any.
+/// Defines the switch behind blockdiag/backends: sets the preferred provider, if a name is given, and returns its name.
 void define_preferred(py::module_& m, const char* name, blockdiag::Providers& (*backend)()) {
   m.def(
       name,
@@ -34,12 +34,13 @@ void define_preferred(py::module_& m, const char* name, blockdiag::Providers& (*
 
 namespace cuda = blockdiag::cuda;
 
-/// What blockdiag/backends/tuning.py is made of.
+/// The primitives of blockdiag/backends/tuning.py.
 void define_tuning(py::module_& m) {
   m.def("cublaslt_version", &cublasLtGetVersion);
   m.def(
       "small_blocks_split_rows", [](int64_t rows) { return cuda::small_blocks_split_rows().exchange(rows); },
-      "Sets from how many rows on small blocks' sums over the batch are split, for benchmarks; returns what it was."
+      "Sets the number of rows from which small blocks' sums over the batch are split, for benchmarks; returns the old "
+      "one."
   );
   m.attr("PROBLEM_FIELDS") = cuda::LtProblem::kFields;
   m.def(
@@ -48,7 +49,7 @@ void define_tuning(py::module_& m) {
         cuda::tuning().used += used;
         cuda::tuning().unmeasured += unmeasured;
       },
-      "Adds to the numbers of those who want measured choices used, and of those who want nothing measured."
+      "Adds to the counts of callers that use measured choices, and of those that allow no new measurements."
   );
   m.def(
       "choices",
@@ -59,14 +60,14 @@ void define_tuning(py::module_& m) {
         }
         return all;
       },
-      "All choices: device, and numbers of the problem and of the algorithm."
+      "All choices: device name, problem key and algorithm bytes."
   );
   m.def(
       "add_choice",
       [](const std::string& device, const cuda::LtProblem::Key& problem, const cuda::Choice& choice) {
         cuda::choices().get({device, problem}, [&] { return choice; });
       },
-      "Adds a choice, where there is none for the problem."
+      "Adds a choice, unless the problem has one."
   );
 }
 

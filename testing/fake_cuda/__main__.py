@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from build import library  # a folder that is run is on the path
+from build import library  # Python puts the folder that it runs on the path
 
 HERE = Path(__file__).parent
 

@@ -1,8 +1,8 @@
 """Computes ATen's own CUDA ops on a fake device, whose memory is host memory: `install()`.
 
-ATen's kernels cannot run. So every op that has one is overridden: CPU tensors over the same memory go to the CPU's op,
-and new results are copied into CUDA tensors. What only makes or views tensors is left to ATen, and with it all that
-allocates.
+ATen's CUDA kernels cannot run, so every op that has one is overridden: the CPU's op gets CPU tensors over the same
+memory, and new results are copied into CUDA tensors. ATen keeps the ops that only create or view tensors, and with them
+every allocation.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Without a CUDA registration of their own: composite, and with kernels that they look up by the device.
+# Ops without a CUDA registration: composite, with kernels looked up by device.
 COMPOSITE = ["aten::copy_", "aten::convolution", "aten::convolution_backward"]
 
-# They allocate, or do what the CPU's op would refuse to.
+# These allocate, or do what the CPU's op refuses.
 REAL = {
     "aten::empty.memory_format",
     "aten::empty_strided",
@@ -34,7 +34,7 @@ REAL = {
 
 
 def _rms_norm_backward(grad, input, normalized_shape, rstd, weight, output_mask):
-    """aten::_fused_rms_norm_backward, which no CPU computes."""
+    """aten::_fused_rms_norm_backward, which has no CPU kernel."""
     normed = input * rstd
     direction = grad if weight is None else grad * weight
     inner, outer = tuple(range(-len(normalized_shape), 0)), tuple(range(input.dim() - len(normalized_shape)))
@@ -73,7 +73,7 @@ def alias(tensor: Tensor) -> Tensor:
 
 
 class _Exchange:
-    """The arguments of one call with other tensors in place of CUDA's, and its results with CUDA's in place again."""
+    """Replaces CUDA tensors in the arguments of one call, and puts CUDA tensors back into its results."""
 
     def __init__(self, replace: Callable[[Tensor], Tensor]):
         self._replace = replace
@@ -100,14 +100,14 @@ class _Exchange:
         return value
 
     def resize(self) -> list[tuple[Tensor, Tensor]]:
-        """Gives CUDA's arguments the sizes that an op gave ours: an out= of no elements. Returns those that changed."""
+        """Resizes CUDA's arguments where an op resized ours, as an empty out=. Returns those that changed."""
         resized = [(ours, theirs) for ours, theirs in self.pairs if ours.shape != theirs.shape]
         for ours, theirs in resized:
             theirs.resize_(ours.shape)
         return resized
 
     def results(self, value):
-        """Tensors of CUDA for `value`: the argument that it is, or one like it, which is added to `pairs`."""
+        """CUDA tensors for `value`: the argument that it aliases, or a new one, which is added to `pairs`."""
         if isinstance(value, Tensor):
             for ours, theirs in self.pairs:
                 if value is ours:
@@ -127,13 +127,13 @@ class Fake:
         self._c = ctypes.CDLL(None)
         self._c.fake_cuda_log_entry.restype = self._c.fake_cuda_get.restype = ctypes.c_int64
         self._deferred: dict[int, Callable[[], None]] = {}
-        self._keys = itertools.count(1)  # of work that is done once the negative
+        self._keys = itertools.count(1)  # negative for work that is done once
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._run_deferred)
-        self._local = threading.local()  # quiet: what the fake does itself is not logged
+        self._local = threading.local()  # quiet: the fake's own calls are not logged
         self._library = torch.library.Library("aten", "IMPL")
 
     def set(self, name: str, value: int) -> None:
-        """Sets a switch; options.cpp says which there are."""
+        """Sets a switch; options.cpp lists them."""
         self._c.fake_cuda_set(name.encode(), ctypes.c_int64(value))
 
     def get(self, name: str) -> int:
@@ -143,7 +143,7 @@ class Fake:
         self._c.fake_cuda_log_clear()
 
     def log(self) -> list[str]:
-        """All that was called since `clear`, in order."""
+        """All calls since `clear`, in order."""
         entries, text = [], ctypes.create_string_buffer(4096)
         while (size := self._c.fake_cuda_log_entry(ctypes.c_int64(len(entries)), text, ctypes.c_int64(4096))) >= 0:
             entries.append(text.raw[: min(size, 4096)].decode())
@@ -154,7 +154,7 @@ class Fake:
             work = self._deferred.pop(key) if key < 0 else self._deferred[key]
             with torch._C._AutoDispatchBelowAutograd():
                 work()
-        except BaseException:  # ctypes would go on
+        except BaseException:  # ctypes would ignore it
             traceback.print_exc()
             os.abort()
 
@@ -176,12 +176,12 @@ class Fake:
         return results
 
     def _later(self, op, args, kwargs, device: int, stream: ctypes.c_void_p, once: bool):
-        """The shapes of the results now, the values when the stream is run."""
+        """Returns results with their shapes; their values follow when the stream is run."""
 
         def meta(tensor):
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
-        def snapshot(value):  # what the host may change before the stream is run
+        def snapshot(value):  # the host may change the value before the stream is run
             if isinstance(value, Tensor) and value.device.type == "cpu":
                 return value.clone()
             return type(value)(map(snapshot, value)) if isinstance(value, (list, tuple)) else value
@@ -190,7 +190,7 @@ class Fake:
         exchange = _Exchange(meta)
         over_meta = exchange.arguments(args), exchange.arguments(kwargs)
         count = len(exchange.pairs)
-        if op is torch.ops.aten.copy_.default:  # of two devices
+        if op is torch.ops.aten.copy_.default:  # between two devices
             results = args[0]
         else:
             value = op(*over_meta[0], **over_meta[1])
@@ -200,7 +200,7 @@ class Fake:
         over = _Exchange(alias)
         args, kwargs = over.arguments(args), over.arguments(kwargs)
         outputs = [alias(tensor) for tensor in made]
-        # Not `over`, which holds CUDA's tensors: a queue that keeps them alive would free them on another thread.
+        # Not `over`, which holds CUDA's tensors: a queue that keeps them alive may free them on another thread.
         given = [ours for ours, _ in over.pairs]
 
         def work():

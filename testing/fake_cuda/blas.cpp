@@ -8,7 +8,7 @@ namespace {
 
 constexpr uint64_t kMagic = 0xfa4eb1a5;
 
-/// Which type alpha and beta have, if cuBLAS computes `data` in `compute`.
+/// The type of alpha and beta, if cuBLAS supports `data` in `compute`.
 bool scale_of(cudaDataType data, cublasComputeType_t compute, cudaDataType* scale) {
   const bool single = compute == CUBLAS_COMPUTE_32F;
   const bool tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32;
@@ -58,7 +58,7 @@ cublasStatus_t gemm(cublasHandle_t handle, Product product, cublasComputeType_t 
   return CUBLAS_STATUS_SUCCESS;
 }
 
-/// A matrix as it is stored, of which op() is rows x cols.
+/// A matrix as stored; its op() is rows x cols.
 Matrix stored(
     const void* data, cudaDataType type, cublasOperation_t op, int64_t rows, int64_t cols, int64_t ld, int64_t stride
 ) {

@@ -1,7 +1,7 @@
 """Compiles the fake: `library()` is the shared object to load in front of the real ones.
 
-Next to the functions that are faked it holds one for every other function of CUDA that torch or blockdiag imports,
-which fails by name: nothing may reach a real library that would say in its own way that there is no device.
+Besides the faked functions it has a stub for every other CUDA function that torch or blockdiag imports. A stub fails by
+name, so that no call reaches a real library, which would only report that there is no device.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ REAL = re.compile(
     r"|cublasLt(GetVersion|GetProperty|Matmul(Desc|Preference)\w+|MatrixLayout\w+)"
 )
 
-# Without CUDA's headers, which declare these functions with their arguments.
+# Excludes CUDA's headers, which declare these functions with their arguments.
 _STUB_HEADER = """#include <string>
 namespace fake {
 [[noreturn]] void fail(const std::string& what);
@@ -52,7 +52,7 @@ def _folder(package: str) -> Path:
 
 
 def _include_folders() -> list[Path]:
-    """Of the toolkit that nvcc belongs to, and of NVIDIA's packages."""
+    """The include folders of nvcc's toolkit, and of NVIDIA's packages."""
     toolkit = subprocess.run([ROOT / "scripts" / "cuda_toolkit.sh"], capture_output=True, text=True, check=False)
     folders = [Path(toolkit.stdout.strip()) / "include"] if toolkit.returncode == 0 else []
     if importlib.util.find_spec("nvidia"):
@@ -101,17 +101,17 @@ def _build(target: Path) -> None:
         )
         objects.append(_compile(stubs, folder))
         made = folder / "made.so"
-        # The driver's name: libraries that need the driver find this one loaded.
+        # The driver's name, so that libraries that need the driver find this one loaded.
         link = ["g++", "-shared", "-Wl,-soname,libcuda.so.1", *map(str, objects), "-ldl", "-o", str(made)]
         subprocess.run(link, check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}")
         shutil.copy(made, partial)
-        partial.replace(target)  # at once: several processes may build
+        partial.replace(target)  # atomic: several processes may build
 
 
 def library() -> Path:
-    """The fake, compiled if its sources, or what imports it, changed."""
+    """The fake, compiled if its sources or its importers changed."""
     digest = hashlib.sha256()
     for source in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h"), Path(__file__), *KERNELS]):
         digest.update(source.read_bytes())

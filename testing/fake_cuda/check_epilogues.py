@@ -1,4 +1,4 @@
-"""The fake itself: cublasLtMatmul's epilogues, called by hand. Run by tests/test_fake_device.py."""
+"""Tests of the fake's own cublasLtMatmul epilogues, called directly. Run by tests/test_fake_device.py."""
 
 import ctypes
 
@@ -9,9 +9,9 @@ import torch
 @pytest.mark.parametrize(("epilogue", "of"), [(1, None), (4, None), (256, "a"), (512, "b")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_epilogues_as_documented(epilogue, of, dtype):
-    """The fake itself, called by hand: D = A B, with a bias for each row of D, or with the sums of A or B over k."""
+    """D = A B, with a bias for each row of D, or with the sums of A or B over k."""
     m, n, k, batch = 5, 3, 4, 2
-    a, b = torch.randn(batch, k, m, dtype=dtype), torch.randn(batch, n, k, dtype=dtype)  # row-major: the transposes
+    a, b = torch.randn(batch, k, m, dtype=dtype), torch.randn(batch, n, k, dtype=dtype)  # row-major transposes
     bias = torch.randn(batch, 128, dtype=dtype)  # as aligned in every block as in the first
     tensors = [tensor.cuda() for tensor in (a, b, bias, torch.full((batch, n, m), torch.nan, dtype=dtype))]
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]

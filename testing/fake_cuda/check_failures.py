@@ -1,4 +1,4 @@
-"""What happens if a call fails, or cuBLASLt has no algorithm or a wrong one: run by tests/test_fake_device.py."""
+"""Failing calls, and cuBLASLt without an algorithm or with a wrong one. Run by tests/test_fake_device.py."""
 
 import re
 
@@ -26,9 +26,9 @@ from reference import Problem, check
 
 @pytest.mark.parametrize("count", range(1, 6))
 def test_every_allocation_may_fail(count):
-    """The call works when there is memory again: nothing half done was kept."""
+    """The call works once memory is available again: a failure leaves no partial state."""
     fake.set("heuristic_first", 1)  # an algorithm with a workspace
-    tensors = operands(Problem((60000 + count,), 3, 16, 16))  # 11 MiB: no part of what other tensors left free
+    tensors = operands(Problem((60000 + count,), 3, 16, 16))  # 11 MiB: does not fit what other tensors left free
 
     def step(*tensors):
         output = blockdiag.linear(*tensors)
@@ -121,7 +121,7 @@ def test_the_first_algorithm_is_taken(first, algorithm):
 @only_lt
 @pytest.mark.parametrize(("in_block", "algorithm"), [(512, 21), (513, 66)])
 def test_an_algorithm_that_sums_wrongly_is_not_taken(in_block, algorithm):
-    """The fake's algorithm 66 splits k into three parts, and leaves out what they do not cover."""
+    """The fake's algorithm 66 splits k into three parts, and skips the rest."""
     fake.set("heuristic_first", 2)
     tensors = operands(Problem((6,), 3, in_block, 4))
     check(blockdiag.linear, *tensors)
@@ -133,7 +133,7 @@ def test_an_algorithm_that_sums_wrongly_is_not_taken(in_block, algorithm):
     ("muted", "attribute", "first", "algorithm"), [(21, 0, 0, 31), (66, 2, 2, 21), (21, 2, 0, 21)], ids=str
 )
 def test_an_algorithm_without_an_attribute(muted, attribute, first, algorithm):
-    """Without an ID it is not taken, nor is 66 if it does not tell into how many parts it splits k; no call fails."""
+    """An algorithm without an ID is skipped, and so is a 66 without its number of splits; no call fails."""
     fake.set(f"mute_{muted}", attribute + 1)
     fake.set("heuristic_first", first)
     tensors = operands(problem())

@@ -1,7 +1,7 @@
-"""What only a fake device can show of the CUDA host code: run by tests/test_fake_device.py, with each of the libraries.
+"""Tests of the CUDA host code that need the fake device: run by tests/test_fake_device.py, with each library.
 
-The project's own GPU tests, which run on the fake too, compare values; here it is which calls are made, in what order
-and where.
+The project's GPU tests, which run on the fake too, compare values. These check which calls are made, in what order and
+on which device and stream.
 """
 
 import itertools
@@ -44,7 +44,7 @@ def _reset():
         fake.set(name, 0)
 
 
-# A problem that no other test has: its plan is not known yet.
+# A problem of this test only: its plan is not cached yet.
 _fresh = itertools.count(1)
 
 
@@ -53,8 +53,8 @@ def problem() -> Problem:
 
 
 def calls(function) -> list[str]:
-    """The names of what `function` puts on the device, in order."""
-    torch.utils.deterministic.fill_uninitialized_memory = False  # that would be a call too
+    """The names of the calls that `function` puts on the device, in order."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would add a call
     fake.clear()
     function()
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -162,7 +162,7 @@ def test_small_blocks_are_one_kernel_a_pass(deterministic):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.complex128], ids=str)
 def test_any_alignment(dtype):
-    """Operands that start at any element: no algorithm is told of more than there is, nor kept for less."""
+    """Operands that start at any element: no algorithm is told of a larger alignment, nor reused for a smaller one."""
     here = Problem((7,), 3, 8, 16)
     shapes = [here.input_shape(False), here.weight_shape, (3 * 16,)]
     for offsets in itertools.product([0, 1, 2, 8], repeat=3):
@@ -202,7 +202,7 @@ def test_threads_with_streams_of_their_own():
 
 
 def test_work_waits_in_the_current_stream():
-    """Forward and backward stand in the stream that was current, and in no other."""
+    """Forward and backward run on the current stream, and on no other."""
     here = Problem((6,), 3, 5, 4)
     tensors = [tensor.detach() for tensor in operands(here)]
     expected = blockdiag.linear(*tensors)
@@ -243,7 +243,7 @@ def test_graph_without_a_first_run(first):
     """Plans are made, and workspaces allocated, while the stream is captured; replays compute on new values."""
     fake.set("heuristic_first", first)
     tensors = [tensor.detach() for tensor in operands(problem())]
-    blockdiag.linear(*(tensor.detach() for tensor in operands(Problem((6,), 3, 5, 4))))  # the handle is there
+    blockdiag.linear(*(tensor.detach() for tensor in operands(Problem((6,), 3, 5, 4))))  # creates the handle
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = blockdiag.linear(*tensors)
@@ -254,7 +254,7 @@ def test_graph_without_a_first_run(first):
 
 
 def test_more_than_two_to_the_31_elements_are_read():
-    """Offsets beyond 32 bits. Memory that nobody writes to costs nothing: the rows before the last ones hold zeros."""
+    """Offsets beyond 32 bits. Untouched memory costs nothing: the rows before the last ones are zeros."""
     torch.use_deterministic_algorithms(False)  # they would be filled
     rows, num_blocks, in_block = 2**17 + 64, 2, 8192 + 64
     x = torch.empty(rows, num_blocks * in_block, dtype=torch.float16, device="cuda")
@@ -266,7 +266,7 @@ def test_more_than_two_to_the_31_elements_are_read():
 
 
 def test_more_than_two_to_the_31_elements_are_written():
-    """Not computed, which would take 4 GiB; but the fake checks that all that would be written is the output."""
+    """Not computed, which would take 4 GiB; the fake checks that only the output would be written."""
     torch.use_deterministic_algorithms(False)
     rows, num_blocks, out_block = 2**17, 2, 8192 + 64
     x = torch.zeros(rows, num_blocks, dtype=torch.float16, device="cuda")

@@ -1,4 +1,4 @@
-"""Tuning on a fake device, where a test says how long cuBLASLt's algorithms take. Run by tests/test_fake_device.py.
+"""Tuning on a fake device, where a test sets the times of cuBLASLt's algorithms. Run by tests/test_fake_device.py.
 
 The fake's heuristic recommends algorithms 21, 31 and 66, in this order, of 10 microseconds each.
 """
@@ -118,7 +118,7 @@ def test_wrong_results_do_not_win_where_the_operands_hide_them(input):
 
 @pytest.mark.parametrize("failure", ["skips_31", "fails_31"])
 def test_what_computes_nothing_does_not_win(failure):
-    """By an error, or by none."""
+    """With an error, or silently."""
     fake.set("cost_31", 1)
     fake.set(failure, 1)
     tensors = operands(problem())
@@ -149,7 +149,7 @@ def test_bias_gradient_of_any_size_and_layout(num_blocks, dtype):
 
 
 def test_batched_gradients():
-    """Those of torch.autograd.grad, whose tensors no fused op knows."""
+    """By torch.autograd.grad with is_grads_batched: no fused op supports its tensors."""
     fake.set("cost_31", 1)
     tensors = operands(problem())
     output = blockdiag.linear(*tensors)
@@ -215,7 +215,7 @@ def test_another_process_uses_what_was_measured(tmp_path):
     mine = [choice for choice in content["environments"][0]["choices"] if choice["problem"]["k"] == 1234]
     assert content["environments"][0]["device"] == "Fake H100"
     assert len(mine) == 1
-    # Bytes that are no algorithm's are no harm.
+    # Bytes of no algorithm do no harm.
     for environment in content["environments"]:
         for choice in environment["choices"]:
             choice["algorithm"] = "ab" * 64
@@ -237,7 +237,7 @@ def test_a_file_of_another_device_is_reported(tmp_path):
 
 
 def test_nothing_is_measured_in_a_capture():
-    """What was measured before is used."""
+    """Earlier measurements are used."""
     known, unknown = operands(problem()), operands(problem())
     known, unknown = ([tensor.detach() for tensor in tensors] for tensors in (known, unknown))
     fake.set("cost_31", 5)
@@ -286,7 +286,7 @@ def test_measuring_spares_captures_of_other_threads():
     def measure_meanwhile():
         blockdiag.linear(
             *tensors
-        )  # torch 2.11 makes a thread's cuBLAS handle at its first product, which no capture allows
+        )  # torch 2.11 makes a thread's cuBLAS handle at its first product, which a capture forbids
         ready.set()
         captures.wait()
         blockdiag.linear(*others)

@@ -1,4 +1,4 @@
-// What the parts of the fake CUDA device share; __init__.py says what it is, what it shows and what it cannot show.
+// Shared by the parts of the fake CUDA device, which __init__.py describes.
 #pragma once
 
 #include <cublas_v2.h>
@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-// Only these are seen from outside: the fake must not lend its C++ symbols to the libraries behind it.
+// Only these are visible: the fake must not interpose its C++ symbols on the libraries behind it.
 #define FAKE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace fake {
@@ -23,22 +23,22 @@ constexpr int kDevices = 2;
 constexpr size_t kAlignment = 512; // of what cudaMalloc returns
 constexpr size_t kMemory = size_t{80} << 30;
 
-/// A mistake of the caller that a real device would not report by a status, or that the fake cannot follow: an exception,
-/// which torch hands on to Python.
+/// Reports a mistake that a real device would not return as a status, or a call that the fake does not support: throws
+/// an exception, which torch passes on to Python.
 [[noreturn]] void fail(const std::string& what);
 
-/// Switches, by name; see options.cpp for what they do. 0 unless set.
+/// Switches by name; options.cpp documents them. 0 unless set.
 int64_t option(const char* name);
 void set_option(const char* name, int64_t value);
 
-/// Whether library calls and kernels are to return at once, unchecked and unlogged: the option `nothing`.
+/// The option `nothing`: library calls and kernels return at once, unchecked and unlogged.
 extern std::atomic<bool> do_nothing;
 
 void log(const std::string& entry);
 
 // Memory -------------------------------------------------------------------------------------------------------------
 
-/// Fails unless the bytes [begin, end) lie in one live allocation of `device`.
+/// Fails unless the bytes [begin, end) are in one live allocation of `device`.
 void check_range(const char* what, uintptr_t begin, uintptr_t end, int device);
 
 // Streams ------------------------------------------------------------------------------------------------------------
@@ -59,20 +59,21 @@ struct Capture {
 
 struct Stream {
   int device = 0;
-  std::shared_ptr<Capture> capture; // which one the stream takes part in, if any
+  std::shared_ptr<Capture> capture; // that the stream takes part in, if any
   double clock = 0;                 // microseconds of work put on the stream
   std::deque<Work> queue;           // only with the option `lazy`
-  int64_t queued = 0, done = 0;     // how many items ever
-  bool busy = false;                // some thread runs an item
+  int64_t queued = 0, done = 0;     // number of items so far
+  bool busy = false;                // a thread is running an item
 };
 
 int current_device();
 Stream& stream_of(cudaStream_t stream); // null: the current device's default stream
 
-/// Puts work on a stream: it is done at once, or when the stream is waited for (option `lazy`), or made part of a graph.
+/// Puts work on a stream: it runs at once, or when the stream is waited for (option `lazy`), or becomes part of a
+/// graph.
 void enqueue(Stream& stream, double cost, Work work);
 
-/// What a call would wait for it to be done at once: fails in a stream capture, as it does on a device.
+/// Whether a stream capture forbids an unsafe call; if so, invalidates the capture, as a device does.
 bool is_unsafe_in_capture();
 
 // Matrix products ----------------------------------------------------------------------------------------------------
@@ -91,14 +92,14 @@ struct Product {
   int64_t m, n, k, batch;
   cublasOperation_t op_a, op_b;
   Matrix a, b, c, d;
-  const void *alpha, *beta; // of the type of the scale
+  const void *alpha, *beta; // of type `scale`
   cudaDataType scale;
   bool tf32 = false;
   Epilogue epilogue = Epilogue::kNone;
   void* bias = nullptr;
   cudaDataType bias_type = CUDA_R_32F;
   int64_t bias_stride = 0;
-  int64_t wrong_splits = 0; // as NVIDIA 6580689: the rest of k that does not fill all parts is left out
+  int64_t wrong_splits = 0; // as NVIDIA 6580689: skips the rest of k that does not fill all parts
 };
 
 int64_t size_of(cudaDataType type);
@@ -106,10 +107,10 @@ int64_t size_of(cudaDataType type);
 /// BLAS's own rules about sizes and leading dimensions.
 bool is_consistent(const Product& product);
 
-/// Checks that all that is touched lies in live memory of the stream's device, and puts the product on the stream.
+/// Checks that every access is in live memory of the stream's device, and puts the product on the stream.
 void run(const Product& product, Stream& stream, double cost);
 
-/// What a library handle is: the same for cuBLAS and cuBLASLt, as ATen takes one for the other.
+/// A library handle: the same for cuBLAS and cuBLASLt, as ATen uses one for the other.
 struct Handle {
   uint64_t magic;
   int device;

@@ -1,4 +1,4 @@
-// The capture of streams into graphs, their replay, and what Python puts on a stream.
+// Capture of streams into graphs, replay, and Python's work on a stream.
 #include "streams.h"
 
 #include <utility>
@@ -17,7 +17,7 @@ bool is_unsafe_in_capture() {
   const std::lock_guard lock(state().mutex);
   bool unsafe = false;
   for (Capture* capture : state().captures) {
-    // A capture of another thread's in the mode "thread local" does not mind; that mode is not told apart here.
+    // A "thread local" capture of another thread would allow it; that mode is not distinguished here.
     if (capture->mode == cudaStreamCaptureModeGlobal) {
       capture->invalid = unsafe = true;
     }
@@ -76,7 +76,7 @@ FAKE_EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCap
   return cudaSuccess;
 }
 
-/// Without nodes: what torch does with them is not done by default.
+/// Without nodes, which torch does not use by default.
 FAKE_EXPORT cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph,
     const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges, size_t* count
@@ -130,9 +130,9 @@ FAKE_EXPORT cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   return cudaSuccess;
 }
 
-// For the ATen ops that Python computes (aten.py)
+// The ATen ops that Python computes (aten.py)
 
-/// Before each of them. Whether work on the stream is not done at once: 1 if it waits there, 2 if it is captured.
+/// Called before each op. 0 if work on the stream runs at once, 1 if it waits there, 2 if it is captured.
 FAKE_EXPORT int fake_cuda_begin(int device, cudaStream_t stream) {
   const bool lazy = option("lazy") != 0;
   auto& found = stream == nullptr ? state().defaults[device] : stream_of(stream);

@@ -1,4 +1,4 @@
-// Copies, kernels, and the functions that torch asks the driver for.
+// Copies, kernels, and the driver functions that torch looks up.
 #include "fake.h"
 
 #include <cxxabi.h>
@@ -29,7 +29,7 @@ std::string name_of(const void* function) {
   return name;
 }
 
-/// No kernel can run here: one that only waits is let pass, and all are where nothing is computed.
+/// No kernel can run here. A spin kernel passes, and with the options that compute nothing all do.
 cudaError_t launch(const void* function, cudaStream_t stream) {
   if (do_nothing) {
     return cudaSuccess;
@@ -42,7 +42,7 @@ cudaError_t launch(const void* function, cudaStream_t stream) {
   }
   log("kernel " + name);
   if (!dry && name.find("spin_kernel") == std::string::npos) {
-    fail("nobody computes the kernel " + name + ": its ATen op has to be computed by aten.py");
+    fail("the kernel " + name + " cannot run: aten.py has to compute its ATen op");
   }
   enqueue(found, 1, [] {});
   return cudaSuccess;
@@ -62,7 +62,7 @@ cudaError_t copy(void* to, const void* from, size_t size, cudaStream_t stream, b
   return wait ? cudaStreamSynchronize(stream) : cudaSuccess;
 }
 
-// Functions of the driver that nobody fakes: one of these for each, which knows its name.
+// Driver functions that are not faked: one of these for each, which knows its name.
 constexpr size_t kUnfaked = 128;
 std::array<std::string, kUnfaked> unfaked;
 
@@ -83,7 +83,7 @@ using namespace fake;
 
 FAKE_EXPORT cudaError_t
 cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
-  // Pageable host memory is copied before the call returns, or else it waits for the copy.
+  // A copy from pageable host memory ends before the call returns.
   return copy(to, from, size, stream, kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyHostToDevice);
 }
 
@@ -112,9 +112,7 @@ FAKE_EXPORT void __cudaRegisterFatBinaryEnd(void**) {}
 
 FAKE_EXPORT void __cudaUnregisterFatBinary(void**) {}
 
-FAKE_EXPORT char __cudaInitModule(void**) {
-  return 1;
-}
+FAKE_EXPORT char __cudaInitModule(void**) { return 1; }
 
 FAKE_EXPORT void __cudaRegisterFunction(
     void**, const char* function, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*
@@ -164,9 +162,7 @@ FAKE_EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, co
   return cudaSuccess;
 }
 
-FAKE_EXPORT cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
+FAKE_EXPORT cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 FAKE_EXPORT cudaError_t
 cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned int) {
@@ -179,7 +175,7 @@ FAKE_EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* block
   return cudaSuccess;
 }
 
-// The driver: this library is libcuda.so.1 too
+// The driver: this library is also libcuda.so.1
 
 FAKE_EXPORT int cuDevicePrimaryCtxGetState(int, unsigned int* flags, int* active) {
   *flags = 0;
@@ -193,13 +189,9 @@ FAKE_EXPORT int cuCtxGetCurrent(const void** context) {
   return 0;
 }
 
-FAKE_EXPORT int cuLogsRegisterCallback(void*, void*, void*) {
-  return 0;
-}
+FAKE_EXPORT int cuLogsRegisterCallback(void*, void*, void*) { return 0; }
 
-FAKE_EXPORT int cuLogsUnregisterCallback(void*) {
-  return 0;
-}
+FAKE_EXPORT int cuLogsUnregisterCallback(void*) { return 0; }
 
 FAKE_EXPORT cudaError_t cudaGetDriverEntryPointByVersion(
     const char* name, void** function, unsigned int, unsigned long long, cudaDriverEntryPointQueryResult* result

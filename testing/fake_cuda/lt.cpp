@@ -1,7 +1,7 @@
-// cuBLASLt. Descriptors are the real library's, which needs no device for them; the heuristic's algorithms are made up.
+// cuBLASLt. Descriptors are the real library's, which need no device; the heuristic's algorithms are invented.
 //
-// An algorithm holds what the heuristic was told, and cublasLtMatmul compares: the problem must be the one that it was made
-// for, and no pointer less aligned.
+// An algorithm stores the heuristic's input, and cublasLtMatmul compares: the problem must be the same, and no pointer
+// less aligned.
 #include "fake.h"
 
 #include <cublasLt.h>
@@ -15,7 +15,7 @@
 namespace fake {
 namespace {
 
-/// What the real library, which is loaded when this is called, says by one of its functions.
+/// Calls a function of the real library, which is loaded by then.
 template <typename T, typename Described, typename Name>
 T ask(const char* function, Described described, Name name) {
   static void* library =
@@ -61,7 +61,7 @@ Matrix matrix(cublasLtMatrixLayout_t layout, const void* data) {
 
 struct Described {
   Product product;
-  bool supported; // for matrices, scale and compute type that go together
+  bool supported; // whether matrices, scale and compute type go together
 };
 
 Described describe(
@@ -116,7 +116,7 @@ Described describe(
   return {p, supported};
 }
 
-/// FNV-1a over all that an algorithm may depend on.
+/// FNV-1a over everything that an algorithm may depend on.
 uint64_t fingerprint(const Product& p) {
   uint64_t hash = 0xcbf29ce484222325;
   const auto add = [&](int64_t number) { hash = (hash ^ static_cast<uint64_t>(number)) * 0x100000001b3; };
@@ -138,10 +138,10 @@ int64_t alignment(const void* pointer) {
   return static_cast<int64_t>(address & -address);
 }
 
-/// What lies in a cublasLtMatmulAlgo_t here.
+/// The content of a cublasLtMatmulAlgo_t.
 struct Algorithm {
   int32_t id, splits, workspace;
-  // What it was made for:
+  // The heuristic's input:
   int32_t device = 0;
   uint64_t problem = 0;
   int32_t align[4] = {}; // of A, B, C and D
@@ -149,7 +149,7 @@ struct Algorithm {
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 
-// Algorithm 66 sums wrongly, as the real one of some versions, where its parts do not divide k.
+// Algorithm 66 sums wrongly if its parts do not divide k, as the real one does in some versions.
 constexpr Algorithm kAlgorithms[] = {
     {21, 1, 0},
     {31, 1, 1 << 20},
@@ -275,7 +275,7 @@ FAKE_EXPORT cublasStatus_t cublasLtMatmul(
   if (chosen.problem != fingerprint(product)) {
     fail("cublasLtMatmul: the algorithm was made for another problem");
   }
-  // What is told is documented as the buffers' alignment, but this project tells that of every matrix: so it is held to it.
+  // Documented as the buffers' alignment, but this project passes that of every matrix, and is held to it.
   const auto is_aligned = [&](const void* pointer, int64_t stride, cudaDataType type, int64_t told) {
     const auto bits = reinterpret_cast<uintptr_t>(pointer) | (product.batch > 1 ? stride * size_of(type) : 0);
     return bits % told == 0;

@@ -1,4 +1,4 @@
-// Devices and their memory, which is host memory between pages that cannot be touched.
+// Devices and their memory: host memory between guard pages.
 #include "fake.h"
 
 #include <sys/mman.h>
@@ -79,9 +79,7 @@ cudaError_t release(void* pointer) {
 
 } // namespace
 
-int current_device() {
-  return device;
-}
+int current_device() { return device; }
 
 void check_range(const char* what, uintptr_t begin, uintptr_t end, int device) {
   const std::lock_guard lock(memory().mutex);
@@ -138,7 +136,7 @@ FAKE_EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int 
   properties->sharedMemPerBlockOptin = 227 << 10;
   properties->sharedMemPerMultiprocessor = 228 << 10;
   properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
-  properties->l2CacheSize = 1 << 20; // little: tuning computes on copies of twice that
+  properties->l2CacheSize = 1 << 20; // small: tuning computes on copies of twice that
   properties->memoryBusWidth = 5120;
   properties->textureAlignment = 512;
   properties->unifiedAddressing = 1;
@@ -176,23 +174,17 @@ FAKE_EXPORT cudaError_t cudaRuntimeGetVersion(int* version) {
   return cudaSuccess;
 }
 
-// Errors are told by what a call returns; none is kept.
-FAKE_EXPORT cudaError_t cudaGetLastError() {
-  return cudaSuccess;
-}
+// Errors are only returned; there is no last error.
+FAKE_EXPORT cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-FAKE_EXPORT cudaError_t cudaPeekAtLastError() {
-  return cudaSuccess;
-}
+FAKE_EXPORT cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 
 FAKE_EXPORT cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
   *can = 1;
   return cudaSuccess;
 }
 
-FAKE_EXPORT cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int) {
-  return cudaSuccess;
-}
+FAKE_EXPORT cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int) { return cudaSuccess; }
 
 FAKE_EXPORT cudaError_t cudaMalloc(void** pointer, size_t size) {
   if (is_unsafe_in_capture()) {
@@ -226,9 +218,7 @@ FAKE_EXPORT cudaError_t cudaHostAlloc(void** pointer, size_t size, unsigned int)
   return *pointer == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 
-FAKE_EXPORT cudaError_t cudaFreeHost(void* pointer) {
-  return release(pointer);
-}
+FAKE_EXPORT cudaError_t cudaFreeHost(void* pointer) { return release(pointer); }
 
 FAKE_EXPORT cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   const std::lock_guard lock(memory().mutex);

@@ -1,19 +1,19 @@
-// The switches and the log of the fake, for tests: by ctypes, or at the start by FAKE_CUDA="name=value,...".
+// The fake's switches and log, for tests: through ctypes, or at startup through FAKE_CUDA="name=value,...".
 //
-// lazy              1: work waits in its stream until something waits for it: what lacks a dependency computes too early
-// dry               1: nothing is computed, and every kernel may be launched: for counting and timing what the host does
+// lazy              1: work stays in its stream until something waits for it, which exposes missing dependencies
+// dry               1: nothing is computed, and every kernel may be launched: for counting and timing host calls
 // nothing           1: the same, without checks and log: for timing the host
 // malloc_after      n: the next n - 1 calls of cudaMalloc work, and all later ones fail
-// gemm_status       what cublasGemm* return, without computing
-// matmul_status     what cublasLtMatmul returns, without computing
-// heuristic_status  what cublasLtMatmulAlgoGetHeuristic returns
+// gemm_status       the status that cublasGemm* return, without computing
+// matmul_status     the status that cublasLtMatmul returns, without computing
+// heuristic_status  the status that cublasLtMatmulAlgoGetHeuristic returns
 // heuristic_limit   n: it returns n - 1 algorithms at most
-// heuristic_first   which of the made-up algorithms comes first; see lt.cpp
-// cost_ID           microseconds that algorithm ID takes, by events
-// wrong_ID          n: algorithm ID leaves out the rest of k that n parts of one size do not cover
+// heuristic_first   which of the invented algorithms comes first; see lt.cpp
+// cost_ID           microseconds that algorithm ID takes, as events measure it
+// wrong_ID          n: algorithm ID skips the rest of k that n equal parts do not cover
 // unsteady_ID       1: it does so every other time
 // skips_ID          1: algorithm ID does nothing
-// mute_ID           n: algorithm ID does not have attribute n - 1 of cublasLtMatmulAlgoConfigAttributes_t
+// mute_ID           n: algorithm ID lacks attribute n - 1 of cublasLtMatmulAlgoConfigAttributes_t
 // fails_ID          1: algorithm ID returns CUBLAS_STATUS_INTERNAL_ERROR
 #include "fake.h"
 
@@ -65,9 +65,7 @@ Log& the_log() {
 
 std::atomic<bool> do_nothing{false};
 
-void fail(const std::string& what) {
-  throw std::runtime_error("fake CUDA device: " + what);
-}
+void fail(const std::string& what) { throw std::runtime_error("fake CUDA device: " + what); }
 
 int64_t option(const char* name) {
   const std::shared_lock lock(options().mutex);
@@ -90,24 +88,18 @@ void log(const std::string& entry) {
 
 } // namespace fake
 
-FAKE_EXPORT void fake_cuda_set(const char* name, int64_t value) {
-  fake::set_option(name, value);
-}
+FAKE_EXPORT void fake_cuda_set(const char* name, int64_t value) { fake::set_option(name, value); }
 
-FAKE_EXPORT int64_t fake_cuda_get(const char* name) {
-  return fake::option(name);
-}
+FAKE_EXPORT int64_t fake_cuda_get(const char* name) { return fake::option(name); }
 
-FAKE_EXPORT void fake_cuda_log(const char* entry) {
-  fake::log(entry);
-}
+FAKE_EXPORT void fake_cuda_log(const char* entry) { fake::log(entry); }
 
 FAKE_EXPORT void fake_cuda_log_clear() {
   const std::lock_guard lock(fake::the_log().mutex);
   fake::the_log().entries.clear();
 }
 
-/// The length of entry `index`, of which up to `size` bytes are written to `text`; -1 if there is none.
+/// Writes up to `size` bytes of entry `index` to `text`. Returns its length, or -1 if there is none.
 FAKE_EXPORT int64_t fake_cuda_log_entry(int64_t index, char* text, int64_t size) {
   const std::lock_guard lock(fake::the_log().mutex);
   const auto& entries = fake::the_log().entries;

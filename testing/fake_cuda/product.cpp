@@ -10,17 +10,13 @@
 namespace fake {
 namespace {
 
-// Types as they lie in memory. What a half type is computed in is float.
+// Types as stored. Half types compute in float.
 
 struct Half {
   using Wide = float;
   _Float16 value;
-  operator float() const {
-    return static_cast<float>(value);
-  }
-  static Half of(float wide) {
-    return {static_cast<_Float16>(wide)};
-  }
+  operator float() const { return static_cast<float>(value); }
+  static Half of(float wide) { return {static_cast<_Float16>(wide)}; }
 };
 
 struct BFloat16 {
@@ -38,7 +34,7 @@ struct BFloat16 {
     if (std::isnan(wide)) {
       return {0x7fc0};
     }
-    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)}; // to the nearest, ties to even
+    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)}; // to nearest, ties to even
   }
 };
 
@@ -46,15 +42,11 @@ template <typename T>
 struct Exact {
   using Wide = T;
   T value;
-  operator T() const {
-    return value;
-  }
-  static Exact of(T wide) {
-    return {wide};
-  }
+  operator T() const { return value; }
+  static Exact of(T wide) { return {wide}; }
 };
 
-/// The 10 bits of TensorFloat-32's mantissa, to the nearest.
+/// Rounds to the 10 mantissa bits of TensorFloat-32, to nearest.
 float to_tf32(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -102,7 +94,7 @@ float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
-/// Writes element (row, *) of op(matrix), or (*, row) of its transpose, one after the other.
+/// Writes the elements (row, *) of op(matrix), or (*, row) of its transpose, contiguously.
 template <typename T>
 void gather(
     const T* matrix, int64_t ld, bool rows_are_columns, bool conjugated, bool tf32, int64_t row, int64_t count,
@@ -116,7 +108,7 @@ void gather(
   }
 }
 
-/// The bias, whose type may be another than the matrices'.
+/// The bias, whose type may differ from the matrices'.
 template <typename T>
 class Bias {
  public:
@@ -166,7 +158,7 @@ void compute(const Product& p, typename T::Wide alpha, typename T::Wide beta) {
       }
       for (int64_t i = 0; i < p.m; ++i) {
         Wide value = alpha * dot(&rows[i * p.k], column.data(), used);
-        if (beta != Wide(0)) { // C may hold anything, also NaN, where it does not count
+        if (beta != Wide(0)) { // with beta 0, C may hold anything, even NaN
           value += beta * static_cast<Wide>(c[j * p.c.ld + i]);
         }
         if (p.epilogue == Epilogue::kBias) {
@@ -185,7 +177,7 @@ Scalar read(const void* value) {
   return scalar;
 }
 
-/// The product with alpha and beta by value: their pointers may not outlive the call.
+/// The product with alpha and beta by value, as their pointers may not outlive the call.
 template <typename T>
 Work bind(const Product& product) {
   const auto alpha = read<typename T::Wide>(product.alpha), beta = read<typename T::Wide>(product.beta);
@@ -253,7 +245,7 @@ bool is_consistent(const Product& p) {
 void run(const Product& p, Stream& stream, double cost) {
   const std::string name = p.function;
   if (p.m <= 0 || p.n <= 0 || p.k <= 0 || p.batch <= 0) {
-    fail(name + ": a size of 0 is for nobody to compute here");
+    fail(name + ": a size of 0, which must not reach BLAS");
   }
   if (p.a.stride < 0 || p.b.stride < 0 || p.d.stride < 0) {
     fail(name + ": a negative stride");
@@ -270,7 +262,7 @@ void run(const Product& p, Stream& stream, double cost) {
   check("C", p.c);
   check("D", p.d);
   const int64_t matrix_d = (p.n - 1) * p.d.ld + p.m;
-  // Blocks side by side in each column overlap as ranges, but not as elements.
+  // Blocks that are side by side in each column overlap as ranges, but not as elements.
   if (p.batch > 1 && p.d.stride < matrix_d && !(p.d.stride >= p.m && p.d.stride * (p.batch - 1) + p.m <= p.d.ld)) {
     fail(name + ": the matrices of D overlap each other");
   }

@@ -1,11 +1,11 @@
-// blockdiag's own kernels, run on the CPU by tests/cpp/emulated_cuda.h: this library's run_small_blocks is found before that
-// of blockdiag._C.
+// blockdiag's own kernels, run on the CPU by tests/cpp/emulated_cuda.h: this library's run_small_blocks takes
+// precedence over that of blockdiag._C.
 //
-// They are run at once. Where work has to wait, in a capture or with the option `lazy`, they do not apply, and blockdiag
-// takes another library.
+// They run at once. Where work has to wait, in a capture or with the option `lazy`, blockdiag falls back to another
+// library.
 #include "streams.h"
 
-// CUDA's headers, for the runtime's types, have these for a host compiler too.
+// CUDA's headers, included for the runtime's types, define these for a host compiler too.
 #undef __device__
 #undef __host__
 #undef __global__
@@ -44,7 +44,7 @@ __attribute__((visibility("default"))) bool run_small_blocks(const GemmProblem& 
     }
     add(begin, (gemm.batch - 1) * operand.stride + (cols - 1) * operand.ld + rows, writable);
   };
-  constexpr int64_t kMaxBatch = 4096; // more take too long here
+  constexpr int64_t kMaxBatch = 4096; // more would take too long
   if (gemm.batch > kMaxBatch) {
     return false;
   }
@@ -56,7 +56,7 @@ __attribute__((visibility("default"))) bool run_small_blocks(const GemmProblem& 
   emulated_small_blocks(problem, operands);
   emulated::machine().regions.clear();
   fake::log("run_small_blocks bias_grad=" + std::to_string(problem.epilogue.bias_grad));
-  // On all streams of the device, as the stream that it was called for is not known here.
+  // On all streams of the device, as the call's stream is unknown here.
   constexpr double kMicroseconds = 5;
   const std::lock_guard state_lock(fake::state().mutex);
   const int device = fake::current_device();

@@ -1,7 +1,7 @@
 // Streams and events.
 //
-// Work is done when it is put on a stream, or, with the option `lazy`, when something waits for it: then a stream runs its
-// work in order, and up to an event of another stream that it waits for, but nothing else.
+// Work runs when it is put on a stream or, with the option `lazy`, when something waits for it. Then the stream runs
+// its work in order, other streams run up to the events that it waits for, and nothing else runs.
 #include "streams.h"
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace fake {
 namespace {
 
-/// The last made first: of two streams without a dependency, that is the order that a program is less likely to expect.
+/// The newest first: of two streams without a dependency, the order that a program is less likely to expect.
 std::vector<Stream*> all_streams() {
   const std::lock_guard lock(state().mutex);
   std::vector<Stream*> streams(state().created.rbegin(), state().created.rend());
@@ -28,9 +28,7 @@ cudaError_t create(cudaStream_t* stream) {
   return cudaSuccess;
 }
 
-Event& event_of(cudaEvent_t event) {
-  return *reinterpret_cast<Event*>(event);
-}
+Event& event_of(cudaEvent_t event) { return *reinterpret_cast<Event*>(event); }
 
 } // namespace
 
@@ -39,7 +37,7 @@ State& state() {
   return *state;
 }
 
-/// Not under the lock, as work may be Python's, or wait for other streams.
+/// Not under the lock, as work may call Python or wait for other streams.
 void drain(Stream& stream, int64_t position) {
   std::unique_lock lock(state().mutex);
   while (stream.done < position) {
@@ -108,23 +106,17 @@ using namespace fake;
 
 // Streams
 
-FAKE_EXPORT cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-  return create(stream);
-}
+FAKE_EXPORT cudaError_t cudaStreamCreate(cudaStream_t* stream) { return create(stream); }
 
-FAKE_EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int) {
-  return create(stream);
-}
+FAKE_EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int) { return create(stream); }
 
-FAKE_EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned int, int) {
-  return create(stream);
-}
+FAKE_EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned int, int) { return create(stream); }
 
 FAKE_EXPORT cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   auto& found = stream_of(stream);
   drain(found);
   const std::lock_guard lock(state().mutex);
-  state().created.erase(&found); // not deleted: events may point to it
+  state().created.erase(&found); // kept alive: events may point to it
   return cudaSuccess;
 }
 
@@ -186,9 +178,7 @@ FAKE_EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned in
   return cudaSuccess;
 }
 
-FAKE_EXPORT cudaError_t cudaEventCreate(cudaEvent_t* event) {
-  return cudaEventCreateWithFlags(event, 0);
-}
+FAKE_EXPORT cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 
 FAKE_EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete &event_of(event);
@@ -233,7 +223,7 @@ FAKE_EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaSuccess;
 }
 
-/// By the clocks of the streams, which the costs of the work on them set.
+/// By the streams' clocks, which advance by the costs of their work.
 FAKE_EXPORT cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
   const auto &first = event_of(start), &second = event_of(end);
   if (!first.timed || !second.timed || first.stream == nullptr || second.stream == nullptr || first.capture ||
@@ -256,7 +246,7 @@ FAKE_EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t eve
   {
     const std::lock_guard lock(state().mutex);
     if (recorded.capture) {
-      // What waits for captured work takes part in the capture. An order of all nodes holds every dependency.
+      // A stream that waits for captured work joins the capture. A total order of the nodes preserves every dependency.
       if (waiting.capture && waiting.capture != recorded.capture) {
         return cudaErrorStreamCaptureMerge;
       }

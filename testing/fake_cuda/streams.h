@@ -1,4 +1,4 @@
-// What streams, events and graphs share.
+// Shared by streams, events and graphs.
 #pragma once
 
 #include "fake.h"
@@ -10,10 +10,10 @@
 namespace fake {
 
 struct Event {
-  Stream* stream = nullptr; // where it was recorded last
-  int64_t position = 0;     // how much of the stream's work it stands behind
+  Stream* stream = nullptr; // of the last record
+  int64_t position = 0;     // number of the stream's items before it
   double clock = 0;
-  std::shared_ptr<Capture> capture; // set if that was in a capture
+  std::shared_ptr<Capture> capture; // set if recorded in a capture
   bool timed = true;
 };
 
@@ -34,7 +34,7 @@ struct State {
 
 State& state();
 
-/// Runs what the stream holds, up to an item, or all of it.
+/// Runs the stream's work, up to an item or all of it.
 void drain(Stream& stream, int64_t position);
 void drain(Stream& stream);
 

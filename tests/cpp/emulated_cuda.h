@@ -1,9 +1,10 @@
-// Runs csrc/cuda/kernels/small_blocks.cu on a CPU: what it uses of CUDA, one thread block after another, each thread a fiber.
+// Runs csrc/cuda/kernels/small_blocks.cu on a CPU by emulating the CUDA that it uses: one thread block after another,
+// each thread a fiber.
 //
-// Threads take turns in random order wherever they meet: at __syncthreads, and the 32 lanes of a warp at an mma, which is
-// computed from the layout that the PTX ISA documents. Every access is checked: inside an operand, aligned to its size,
-// nothing written twice in a launch or read after it was written there, no shared memory read that was not written before
-// the last __syncthreads or by the thread itself. Counts what is moved: see Traffic.
+// Threads take turns in random order wherever they meet: at __syncthreads, and the 32 lanes of a warp at an mma, which
+// follows the layout documented in the PTX ISA. Every access is checked: inside an operand, aligned to its size, no
+// element written twice in a launch or read after a write, no shared memory read that was not written before the last
+// __syncthreads or by the same thread. Traffic counts sectors and passes.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -47,7 +48,7 @@ struct Index {
   unsigned x = 0, y = 0;
 };
 
-/// Memory that a kernel may use.
+/// Memory that a kernel may access.
 struct Region {
   const char* begin;
   size_t bytes;
@@ -55,19 +56,19 @@ struct Region {
   std::vector<bool> written; // by this launch
 };
 
-/// What global memory is asked for, in sectors of 32 bytes, and shared memory, in passes over its banks.
+/// Traffic of global memory, in sectors of 32 bytes, and of shared memory, in passes over its banks.
 struct Traffic {
-  int64_t instructions = 0;    // of whole warps
-  int64_t sectors = 0;         // that the instructions touch, each instruction by itself
-  int64_t of_blocks = 0;       // that the thread blocks touch, each by itself
-  std::set<uintptr_t> touched; // sectors, by the whole launch
+  int64_t instructions = 0;    // by whole warps
+  int64_t sectors = 0;         // touched, counted per instruction
+  int64_t of_blocks = 0;       // touched, counted per thread block
+  std::set<uintptr_t> touched; // sectors, in the whole launch
 };
 
 struct Shared {
-  int64_t passes = 0, least = 0; // that conflicts between banks make, and that there would be without any
+  int64_t passes = 0, least = 0; // with bank conflicts, and without
 };
 
-/// One instruction of a warp: where its lanes read or write.
+/// One instruction of a warp: the addresses that its lanes access.
 struct Access {
   size_t bytes = 0;
   bool shared = false, write = false;
@@ -90,9 +91,9 @@ struct Thread {
 };
 
 struct Machine {
-  // What the program under test finds.
+  // The state that kernels see.
   int major = 9, processors = 4;
-  // What it did.
+  // The record of their accesses.
   int64_t launches = 0;
   Traffic reads, writes;
   Shared shared;
@@ -110,9 +111,10 @@ struct Machine {
   std::array<Meeting, 32> warps;
   alignas(16) std::array<char, 48 * 1024> shared_memory;
   size_t shared_bytes = 0;
-  int64_t epoch = 0;                                            // how often the block's threads have met
-  std::vector<std::pair<const Thread*, int64_t>> shared_writes; // who wrote a byte of shared memory, and when
-  std::map<std::pair<unsigned, int64_t>, Access> accesses;      // of the block: by warp, in order
+  int64_t epoch = 0; // how often the block's threads have synchronized
+  std::vector<std::pair<const Thread*, int64_t>>
+      shared_writes;                                       // the writer of each byte of shared memory, and its epoch
+  std::map<std::pair<unsigned, int64_t>, Access> accesses; // of the block, by warp, in order
 };
 
 inline Machine& machine() {
@@ -120,11 +122,9 @@ inline Machine& machine() {
   return only;
 }
 
-inline void leave() {
-  swapcontext(&machine().thread->context, &machine().scheduler);
-}
+inline void leave() { swapcontext(&machine().thread->context, &machine().scheduler); }
 
-/// Waits for all members; the last one does `action` for all.
+/// Waits for all members; the last one runs `action` for all.
 template <typename Action>
 void meet(Meeting& meeting, const Action& action) {
   auto& m = machine();
@@ -140,7 +140,7 @@ void meet(Meeting& meeting, const Action& action) {
     }
   }
   meeting.waiting.clear();
-  m.ready.push_back(m.thread); // nor does the last one go on first
+  m.ready.push_back(m.thread); // so that the last one does not always go on first
   leave();
 }
 
@@ -159,7 +159,7 @@ inline void count_accesses() {
       continue;
     }
     if (access.shared) {
-      // Lanes in turn, as many as can move 128 bytes; each bank of 4 bytes serves one address in a pass.
+      // As many lanes per pass as move 128 bytes; each bank of 4 bytes serves one address per pass.
       const auto lanes = static_cast<unsigned>(std::min<size_t>(32, 128 / access.bytes));
       for (unsigned first = 0; first < 32; first += lanes) {
         std::array<std::set<uintptr_t>, 32> banks;
@@ -231,7 +231,7 @@ inline void run_block(Index block, unsigned threads) {
   }
 }
 
-/// Checks an access, and says whether it is one to shared memory.
+/// Checks an access. Returns whether it is to shared memory.
 inline void check_access(const char* at, size_t bytes, bool write) {
   auto& m = machine();
   if (reinterpret_cast<uintptr_t>(at) % bytes != 0) {
@@ -326,9 +326,7 @@ void write_shared(void* to, const V& value, bool valid) {
   write(to, value, valid);
 }
 
-inline float* shared_memory() {
-  return reinterpret_cast<float*>(emulated::machine().shared_memory.data());
-}
+inline float* shared_memory() { return reinterpret_cast<float*>(emulated::machine().shared_memory.data()); }
 
 /// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": lane 4 * group + member, element i.
 template <typename T>

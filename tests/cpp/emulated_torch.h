@@ -1,4 +1,4 @@
-// What small_blocks.cu asks torch for, on the emulated device. Included by emulated_cuda.h.
+// The torch API that small_blocks.cu uses, on the emulated device. Included by emulated_cuda.h.
 #pragma once
 
 #include "emulated_cuda.h"
@@ -19,7 +19,7 @@ inline const DeviceProperties* getCurrentDeviceProperties() {
 
 namespace c10 {
 
-/// A workspace of NaN, which is not an operand any more when it is freed.
+/// A workspace filled with NaN, which is an operand until it is freed.
 class DataPtr {
  public:
   DataPtr() = default;
@@ -34,9 +34,7 @@ class DataPtr {
   ~DataPtr() {
     std::erase_if(emulated::machine().regions, [&](const auto& region) { return region.begin == bytes_.data(); });
   }
-  void* get() {
-    return bytes_.data();
-  }
+  void* get() { return bytes_.data(); }
 
  private:
   std::vector<char> bytes_;
@@ -45,9 +43,7 @@ class DataPtr {
 namespace cuda::CUDACachingAllocator {
 
 struct Allocator {
-  DataPtr allocate(size_t bytes) {
-    return DataPtr(bytes);
-  }
+  DataPtr allocate(size_t bytes) { return DataPtr(bytes); }
 };
 
 inline Allocator* get() {

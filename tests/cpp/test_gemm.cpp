@@ -1,4 +1,4 @@
-// The GEMM description against an interpreter that does what BLAS documents, over random shapes and strides. No torch.
+// The GEMM description against an interpreter of BLAS's documentation, over random shapes and strides. No torch.
 #include "problem/gemm.h"
 
 #include <cstdio>
@@ -20,13 +20,12 @@ void require(bool condition, const char* what) {
 }
 
 /// Element (i, j) of op(matrix), column-major, as the BLAS reference defines it: op(A)(i, j) is A(i, j) or A(j, i), and
-/// A(i, j) stands at i + j * ld.
+/// A(i, j) is at i + j * ld.
 int64_t blas_offset(const Operand& operand, int64_t block, int64_t i, int64_t j) {
   return block * operand.stride + (operand.transpose ? j + i * operand.ld : i + j * operand.ld);
 }
 
-/// ?gemm of the BLAS reference (https://www.netlib.org/blas/), block by block, with the conditions that it puts on its
-/// arguments.
+/// ?gemm of the BLAS reference (https://www.netlib.org/blas/), block by block, with its conditions on the arguments.
 void interpret(
     const Gemm& gemm, const std::vector<double>& a, const std::vector<double>& b, std::vector<double>& c, double beta
 ) {
@@ -61,9 +60,7 @@ int64_t extent(const Blocks& blocks, int64_t num_blocks) {
 
 class Random {
  public:
-  int64_t below(int64_t bound) {
-    return std::uniform_int_distribution<int64_t>(0, bound - 1)(generator_);
-  }
+  int64_t below(int64_t bound) { return std::uniform_int_distribution<int64_t>(0, bound - 1)(generator_); }
 
   std::vector<double> numbers(int64_t count) {
     std::vector<double> values(count);
@@ -73,8 +70,8 @@ class Random {
     return values;
   }
 
-  /// Matrices in a layout that tensors have: rows or columns innermost, blocks side by side in each row, stacked, or
-  /// shared by all (stride 0), with gaps or without; the stride of a dimension of one element is arbitrary.
+  /// Matrices in a layout that tensors have: rows or columns innermost; blocks side by side in each row, stacked, or
+  /// shared (stride 0); with or without gaps. The stride of a dimension of one element is arbitrary.
   Blocks layout(int64_t rows, int64_t cols, int64_t num_blocks) {
     const int64_t inner = cols + below(3);
     Blocks blocks{rows, cols, 0, 1, 0};
@@ -108,7 +105,7 @@ class Random {
   std::mt19937_64 generator_{0};
 };
 
-/// The description, interpreted, gives the product of the matrices as they lie.
+/// Interpreting the description gives the product of the stored matrices.
 void test_products(Random& random) {
   for (int trial = 0; trial < 20000; ++trial) {
     const int64_t rows = 1 + random.below(6), cols = 1 + random.below(6), inner = 1 + random.below(6);
@@ -182,7 +179,7 @@ void test_limits() {
 void test_nothing_to_do() {
   for (int zero = 0; zero < 4; ++zero) {
     const int64_t rows = zero != 0, cols = zero != 1, inner = zero != 2, num_blocks = zero != 3;
-    // Strides of empty tensors mean nothing, and would be refused.
+    // Strides of empty tensors are arbitrary, and would be rejected.
     const Blocks left{rows, inner, 0, 0, 0}, right{inner, cols, 0, 0, 0}, out{rows, cols, 0, 0, 0};
     const auto gemm = blockdiag::describe_product(left, right, out, num_blocks);
     require(gemm.m == cols && gemm.n == rows && gemm.k == inner && gemm.batch == num_blocks, "sizes are kept");

@@ -1,4 +1,4 @@
-// What a cuBLASLt plan depends on, and the cache that keeps plans. No CUDA, no torch.
+// The key of a cuBLASLt plan, and the cache of plans. No CUDA, no torch.
 #include "cuda/cublaslt/lru_cache.h"
 #include "cuda/cublaslt/lt_problem.h"
 
@@ -97,9 +97,7 @@ void test_every_part_of_a_problem_is_in_its_key() {
 }
 
 struct IntHash {
-  size_t operator()(int key) const {
-    return static_cast<size_t>(key);
-  }
+  size_t operator()(int key) const { return static_cast<size_t>(key); }
 };
 
 void test_the_longest_unused_goes_first() {
@@ -110,7 +108,7 @@ void test_the_longest_unused_goes_first() {
     require(get(key) == key * key, "values belong to their keys");
   }
   require(made == 3, "a hit makes nothing");
-  get(4); // 2 is the longest unused
+  get(4); // 2 is the least recently used
   require(cache.size() == 3, "the capacity is kept");
   get(1), get(3), get(4);
   require(made == 4, "what was used last is kept");

@@ -1,4 +1,4 @@
-// A backend's choice among its providers. No torch.
+// Selection among a backend's providers. No torch.
 #include "problem/providers.h"
 
 #include <cstdio>
@@ -27,13 +27,9 @@ bool run(const GemmProblem& /*problem*/, const Operands& /*operands*/) {
   return succeeds;
 }
 
-bool takes_half(const GemmProblem& problem) {
-  return is_half(problem.dtype);
-}
+bool takes_half(const GemmProblem& problem) { return is_half(problem.dtype); }
 
-bool takes_all(const GemmProblem& problem) {
-  return !problem.epilogue.bias_grad;
-}
+bool takes_all(const GemmProblem& problem) { return !problem.epilogue.bias_grad; }
 
 std::vector<Provider> three() {
   return {
@@ -43,7 +39,7 @@ std::vector<Provider> three() {
   };
 }
 
-/// Who is asked for a problem of this dtype, in order.
+/// The providers asked for a problem of this dtype, in order.
 std::string asked(const Providers& providers, DType dtype) {
   ran.clear();
   require(providers.run({{}, dtype, {}}, {}), "a provider computes it");

@@ -1,5 +1,6 @@
-// The kernels for small blocks, run on a CPU, against the definition in double precision: over random sizes, layouts and
-// alignments, in all passes. `test_small_blocks traffic` prints what they move on problems of benchmarks/suites.py.
+// The kernels for small blocks, on a CPU, against the definition in double precision: over random sizes, layouts and
+// alignments, in all passes. `test_small_blocks traffic` prints their memory traffic on problems of
+// benchmarks/suites.py.
 #include "../../csrc/cuda/kernels/small_blocks.cu"
 
 #include <cmath>
@@ -20,15 +21,11 @@ enum class Pass { forward, input_grad, weight_grad };
 
 class Random {
  public:
-  int64_t below(int64_t bound) {
-    return std::uniform_int_distribution<int64_t>(0, bound - 1)(generator_);
-  }
+  int64_t below(int64_t bound) { return std::uniform_int_distribution<int64_t>(0, bound - 1)(generator_); }
   int64_t one_of(std::initializer_list<int64_t> choices) {
     return choices.begin()[below(static_cast<int64_t>(choices.size()))];
   }
-  float number() {
-    return std::uniform_real_distribution<float>(-1, 1)(generator_);
-  }
+  float number() { return std::uniform_real_distribution<float>(-1, 1)(generator_); }
 
  private:
   std::mt19937_64 generator_{0};
@@ -38,7 +35,7 @@ int64_t offset(const Blocks& blocks, int64_t g, int64_t i, int64_t j) {
   return g * blocks.block_stride + i * blocks.row_stride + j * blocks.col_stride;
 }
 
-/// Matrices of T as they lie in memory, with NaN wherever no element is; from `misalignment` elements behind a boundary on.
+/// Matrices of T as stored, starting `misalignment` elements behind a boundary, with NaN between the elements.
 template <typename T>
 class Matrices {
  public:
@@ -57,15 +54,9 @@ class Matrices {
     std::erase_if(emulated::machine().regions, [&](const auto& region) { return region.begin == bytes; });
   }
 
-  T* data() {
-    return memory_.data() + first_;
-  }
-  T& operator()(int64_t g, int64_t i, int64_t j) {
-    return data()[offset(blocks, g, i, j)];
-  }
-  double value(int64_t g, int64_t i, int64_t j) {
-    return static_cast<double>(static_cast<float>((*this)(g, i, j)));
-  }
+  T* data() { return memory_.data() + first_; }
+  T& operator()(int64_t g, int64_t i, int64_t j) { return data()[offset(blocks, g, i, j)]; }
+  double value(int64_t g, int64_t i, int64_t j) { return static_cast<double>(static_cast<float>((*this)(g, i, j))); }
   std::vector<uint16_t> bits() {
     std::vector<uint16_t> result(size_);
     std::memcpy(result.data(), data(), size_ * 2);
@@ -96,7 +87,7 @@ struct Sizes {
   bool bias;
 };
 
-/// How the operands lie: an activation's blocks side by side in each row, stacked, or all the same; with gaps or without.
+/// Layouts of the operands: an activation's blocks side by side in each row, stacked, or shared; with or without gaps.
 struct Layout {
   int64_t kind[2] = {}, gap[2] = {}, row_gap[2] = {}, misalignment[5] = {};
   bool transposed_weight = false;
@@ -120,7 +111,7 @@ Blocks weight(const Sizes& sizes, int64_t gap, int64_t row_gap, bool transposed)
   return transposed ? blocks.transposed() : blocks;
 }
 
-/// The largest error that rounding allows, for a sum of products with absolute values that sum up to `scale`.
+/// The rounding error bound for a sum of products whose absolute values sum up to `scale`.
 template <typename T>
 double tolerance(double expected, double scale, int64_t terms) {
   const bool half = std::is_same_v<T, c10::Half>;
@@ -137,7 +128,7 @@ void compare(double actual, double expected, double scale, int64_t terms, const 
   }
 }
 
-/// Runs one pass and compares it, bit for bit with a second run, and with the definition.
+/// Runs one pass, and compares it bit for bit with a second run, and with the definition.
 template <typename T>
 void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_nan = false) {
   const auto [pass, batch, num_blocks, in_block, out_block, has_bias] = sizes;
@@ -186,7 +177,7 @@ void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_na
   };
   if (!run()) {
     if (sum && out_block == 1) {
-      return; // its rows may be told as columns
+      return; // its rows may be described as columns
     }
     fail("the passes of small blocks are taken");
   }
@@ -245,7 +236,7 @@ void test_random(Random& random, int trials) {
     const Sizes sizes{
         static_cast<Pass>(random.below(3)), batch, 1 + random.below(6), size(), size(), random.below(2) == 0
     };
-    // Half of the time as tensors usually are.
+    // Half of the time, the usual layout.
     const Layout layout = random.below(2) == 0 ? Layout() : random_layout(random);
     emulated::machine().processors = static_cast<int>(random.one_of({1, 2, 5, 20}));
     const bool with_nan = random.below(4) == 0;
@@ -254,7 +245,7 @@ void test_random(Random& random, int trials) {
   }
 }
 
-/// A thread block for each 32 x 32 tile of the weight, or few blocks would leave most of a GPU idle.
+/// A thread block for each 32 x 32 tile of the weight: otherwise a few blocks would leave most of a GPU idle.
 void test_tiles(Random& random) {
   emulated::machine().processors = 132;
   for (const auto& [in_block, out_block, tiles] : {std::array{64, 64, 4}, {64, 32, 2}, {33, 40, 4}, {16, 32, 1}}) {
@@ -265,7 +256,7 @@ void test_tiles(Random& random) {
   }
 }
 
-/// Batches that are split into parts, which a second kernel adds up; from as many rows on as is set.
+/// Batches from the set number of rows on are split into parts, which a second kernel adds up.
 void test_parts(Random& random) {
   emulated::machine().processors = 20;
   for (const auto& [in_block, out_block, num_blocks] : {std::array{16, 16, 3}, {64, 64, 2}, {40, 7, 1}, {16, 32, 4}}) {

@@ -1,6 +1,6 @@
-// What the kernels include that is not theirs. The files here include it before `#pragma GCC target(...)`, and the kernels
-// after: inline functions of these headers may be linked into code that runs on any CPU, so they must not be compiled for one
-// instruction set. simd/ and microkernels/ are for these files alone.
+// Headers from outside that the kernels need. The files here include them before `#pragma GCC target(...)`, and the
+// kernels after it: inline functions of these headers may be linked into code that runs on any CPU, so they must not be
+// compiled for one instruction set. Only the files here include simd/ and microkernels/.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -18,7 +18,7 @@
 #ifdef BLOCKDIAG_CPU_KERNELS
 #include <immintrin.h>
 
-// g++ 12 warns of its own intrinsics (https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593).
+// g++ 12 warns about its own intrinsics (https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

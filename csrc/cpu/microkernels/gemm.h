@@ -1,9 +1,9 @@
-// Products of matrices of more than a few rows, a panel of two vectors of columns at a time.
+// GEMM for more than a few rows, on panels of columns two vectors wide.
 //
-// The innermost loop is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): the sums
-// stay in registers, a panel of the right operand stays in the L1 cache, and the left operand streams past. A library copies
-// both operands into the order in which this loop reads them, which pays for large matrices. Blocks of a block-diagonal layer
-// are small: here the left operand is read where it lies if it can be, and the right one if it is read few times.
+// The innermost loop is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): the
+// sums stay in registers, a panel of the right operand stays in the L1 cache, and the left operand streams past.
+// Libraries pack both operands, which pays off for large matrices. Blocks of a block-diagonal layer are small: the left
+// operand is read in place if possible, and the right one if it is read only a few times.
 #pragma once
 
 #include "pack.h"
@@ -11,8 +11,8 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// A few rows of one panel of the result: out(i, j) = added(i, j) + sum over p < depth of left(i, p) * right(p, j), where
-/// left and right hold packed elements.
+/// A few rows of one panel of the result: out(i, j) = added(i, j) + sum over p < depth of left(i, p) * right(p, j),
+/// where left and right hold packed elements.
 template <typename Out>
 struct Strip {
   const char* left;          // (i, p) at i * left_row_stride + p * left_depth_stride, in bytes
@@ -30,7 +30,7 @@ struct Strip {
 
 inline Vector broadcast_packed(const char* data) {
   float packed;
-  std::memcpy(&packed, data, sizeof(packed)); // pairs of half types need not be aligned as floats are
+  std::memcpy(&packed, data, sizeof(packed)); // pairs of half types may be less aligned than floats
   return Vector::broadcast(packed);
 }
 
@@ -70,7 +70,7 @@ void gemm_strip(const Strip<Out>& strip) {
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      // Not where the sum starts: over a long depth, sums of sums lose less than one long chain.
+      // Added last: over a long depth, sums of partial sums lose less precision than one long chain.
       if (strip.added != nullptr) {
         sums[i][v] = sums[i][v] + load_partial(strip.added + i * strip.added_ld + v * Vector::kLanes, lanes(v));
       }
@@ -85,7 +85,7 @@ constexpr auto strip_functions(std::integer_sequence<int, kRow...> /*rows*/) {
   return std::array{&gemm_strip<T, Out, kRow + 1, kVectors, kLeftTransposed>...};
 }
 
-/// Computes `rows` rows of a panel, shared out evenly among as few strips as there can be.
+/// Computes `rows` rows of a panel, split evenly into as few strips as possible.
 template <typename T, typename Out, int kVectors, bool kLeftTransposed>
 void gemm_strips(Strip<Out> strip, int64_t rows) {
   static constexpr auto kFunctions =
@@ -114,10 +114,10 @@ template <typename T>
 void gemm_tile(const Gemm& gemm, const T* left, const T* right, const T* bias, T* out, int64_t rows, int64_t cols) {
   constexpr int kDepth = Element<T>::kDepth;
   constexpr bool kHalf = !std::is_same_v<T, float>;
-  // Transposed, the left operand is read across its rows: a copy pays if that happens many times.
+  // A transposed left operand is read across its rows: packing pays off if that happens often.
   const bool in_place =
       Element<T>::kReadInPlace && (gemm.b.transpose ? kDepth == 1 && gemm.m < kTile : gemm.k % kDepth == 0);
-  // What a half type cannot hold between two panels along the depth.
+  // Partial sums between panels along the depth are float32, which a half type cannot hold.
   const bool sum_apart = kHalf && gemm.k > kPanelDepth * kDepth;
 
   alignas(64) float panel[kPanelDepth * kPanelCols];
@@ -146,7 +146,7 @@ void gemm_tile(const Gemm& gemm, const T* left, const T* right, const T* bias, T
       const float* right_data = panel;
       int64_t right_ld = kPanelCols;
       if constexpr (!kHalf) {
-        // In place, if that reads full vectors, and is done a few times only or does not reach far.
+        // In place if vectors are full, and the operand is read only a few times or its rows are close together.
         if (!gemm.a.transpose && width % Vector::kLanes == 0 && (rows <= kInPlaceRows || gemm.a.ld <= kInPlaceLd)) {
           right_data = right_part;
           right_ld = gemm.a.ld;

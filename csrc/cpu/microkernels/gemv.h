@@ -1,5 +1,5 @@
-// Products in which every element of the largest operand is used once or twice: they take as long as memory takes to read
-// or write it, so that it is read and written row by row.
+// Products that use every element of the largest operand once or twice. They are memory bound, so that operand is read
+// or written row by row.
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -8,13 +8,13 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// A part of the result, of few rows: out(i, j) = bias(j) + sum over p < depth of left(i, p) * right(p, j).
+/// A part of the result with few rows: out(i, j) = bias(j) + sum over p < depth of left(i, p) * right(p, j).
 template <typename T>
 struct FewRows {
   const T* left; // (i, p) at i * left_row_stride + p * left_depth_stride
   int64_t left_row_stride;
   int64_t left_depth_stride;
-  const T* right; // with rows at distance right_ld
+  const T* right; // rows are right_ld apart
   int64_t right_ld;
   const T* bias; // none if null
   T* out;        // (i, j) at i * out_ld + j
@@ -22,16 +22,15 @@ struct FewRows {
   int64_t rows, cols, depth;
 };
 
-/// For a left operand with left_depth_stride 1, and a right operand that is transposed: (p, j) at p + j * right_ld. Each sum
-/// is taken along a vector.
+/// For left_depth_stride 1 and a transposed right operand, (p, j) at p + j * right_ld. Each sum runs along a vector.
 template <bool kShortRows, typename T>
 void gemv_transposed(const FewRows<T>& part) {
   constexpr int kLanes = Vector::kLanes;
-  // So many rows are open at once that the CPU does not foresee the next ones: short ones are asked for some steps ahead.
+  // Too many rows are open at once for the hardware prefetcher: short rows are prefetched some steps ahead.
   const int64_t ahead = kLanes * std::max<int64_t>(kPrefetchDistance / part.depth, 1) * part.right_ld;
   for (int64_t j = 0; j < part.cols; j += kLanes) {
     const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, kLanes));
-    const T* starts[kLanes]; // of the right operand's rows; beyond the last one, its own again
+    const T* starts[kLanes]; // of the right operand's rows; the last one repeats
     for (int r = 0; r < kLanes; ++r) {
       starts[r] = part.right + (j + std::min(r, count - 1)) * part.right_ld;
     }
@@ -70,7 +69,7 @@ void gemv_transposed(const FewRows<T>& part) {
 /// For a right operand that is not transposed, (p, j) at p * right_ld + j, and at most kLongRow columns.
 template <typename T>
 void gemv(const FewRows<T>& part) {
-  constexpr int kStreams = 8; // rows of the right operand that are read at once
+  constexpr int kStreams = 8; // rows of the right operand read at once
   float sums[kLongRow];
   for (int64_t i = 0; i < part.rows; ++i) {
     const T* const left = part.left + i * part.left_row_stride;

@@ -1,5 +1,4 @@
-// Our own GEMM, with float32 sums, for the instruction set of the file that includes this. Half types are rounded once, when
-// they are stored.
+// Our own GEMM with float32 sums, for the instruction set of the including file. Half types are rounded once, on store.
 #pragma once
 
 #include "gemm.h"
@@ -8,8 +7,8 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// How the work is shared out: every tile of the result is one task. A sum is never split, so results do not depend on the
-/// number of threads; the price is that a single small block occupies a single thread, however long its sums are.
+/// Every tile of the result is one task. A sum is never split, so results do not depend on the number of threads. The
+/// price: a single small block keeps only one thread busy, however long its sums are.
 struct Tiles {
   int64_t rows, cols;
   int64_t row_count, col_count, count;
@@ -22,7 +21,7 @@ struct Tiles {
       count = gemm.batch * row_count * col_count;
     };
     update();
-    // A few for each thread. By columns first: what a panel of the right operand costs is then not paid again.
+    // A few tiles per thread. Columns are split first, so that no panel of the right operand is packed again.
     const int64_t threads = at::get_num_threads();
     const auto uneven = [&] { return count < 4 * threads && count % threads != 0; };
     while (uneven() && cols > kPanelCols) {
@@ -35,12 +34,12 @@ struct Tiles {
     }
   }
 
-  /// Calls compute(block, first row, rows, first column, columns) for every tile; many one after another in one thread, if
-  /// they are of fewer products than `min_products`, which are worth waking a thread for.
+  /// Calls compute(block, first row, rows, first column, columns) for every tile. Threads get several tiles each if one
+  /// has fewer than `min_products` products, too few to wake a thread for.
   template <typename Compute>
   void for_each(const Gemm& gemm, int64_t min_products, const Compute& compute) const {
-    // Narrow blocks share cache lines of the activations, so all blocks of some rows come before the next rows, if the right
-    // operands of all of them stay in the L2 cache meanwhile.
+    // Narrow blocks share cache lines of the activations: all blocks of some rows come before the next rows, provided
+    // that all their right operands stay in the L2 cache.
     constexpr int64_t kCached = 1 << 16;
     const bool blocks_first = gemm.batch * gemm.m * gemm.k <= kCached;
     const int64_t grain = std::max<int64_t>(min_products / (rows * cols * gemm.k), 1);
@@ -56,8 +55,8 @@ struct Tiles {
   }
 };
 
-/// A Kernel. In row-major terms, C's rows are its columns: left = B is n x k, right = A is k x m, and `transpose` says that
-/// an operand's depth does not come in the order in which it is multiplied.
+/// A Kernel. In row-major terms, C's columns are rows: left = B is n x k, right = A is k x m, and `transpose` means
+/// that an operand is stored the other way, k x n or m x k.
 template <typename T>
 void run(const Gemm& gemm, const T* a, const T* b, T* c, const T* bias) {
   const auto left_at = [&](int64_t block, int64_t i) {

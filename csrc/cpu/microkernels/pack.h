@@ -1,4 +1,4 @@
-// Copies parts of the operands into the order in which the GEMM microkernel reads them.
+// Packs parts of the operands in the order in which the GEMM microkernel reads them.
 #pragma once
 
 #include "element.h"
@@ -7,9 +7,9 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// Packs the depth x cols panel of the right operand, padded with zeros to whole vectors, in rows of kPanelCols. Element
-/// (p, j) of it stands at p * ld + j, or at p + j * ld if it is transposed. Asks for the next panel, which lies across so many
-/// rows that the CPU does not foresee it.
+/// Packs the depth x cols panel of the right operand, padded with zeros to whole vectors, in rows of kPanelCols.
+/// Element (p, j) is at p * ld + j, or at p + j * ld if transposed. Prefetches the next panel, which spans too many
+/// rows for the hardware prefetcher.
 template <typename T>
 void pack_right(const T* data, int64_t ld, bool transposed, int64_t depth, int64_t cols, float* panel) {
   constexpr int kDepth = Element<T>::kDepth;
@@ -45,8 +45,8 @@ void pack_right(const T* data, int64_t ld, bool transposed, int64_t depth, int64
   }
 }
 
-/// Packs the left operand in the order in which it lies: rows x depth, or depth x rows if it is transposed. Element (i, p)
-/// of it stands at i * ld + p, or at i + p * ld. Returns the packed elements from row to row, or from depth to depth.
+/// Packs the left operand without reordering: rows x depth, or depth x rows if transposed. Element (i, p) is at i * ld
+/// + p, or at i + p * ld. Returns the stride from row to row, or from depth to depth, in packed elements.
 template <typename T>
 int64_t pack_left(const T* data, int64_t ld, bool transposed, int64_t rows, int64_t depth, float* packed) {
   constexpr int kDepth = Element<T>::kDepth;

@@ -1,7 +1,7 @@
-// Where one way to compute begins to pay more than another, and the sizes of tiles and panels.
+// Crossover points between algorithms, and the sizes of tiles and panels.
 //
-// Measured on an AMD EPYC of the Zen 5 generation, by `python -m benchmarks` in its suites, with AVX-512 and limited to AVX2:
-// where no instruction set is named, both prefer the same number.
+// Measured on an AMD EPYC (Zen 5) with the suites of `python -m benchmarks`, with AVX-512 and limited to AVX2. A value
+// that names no instruction set is the best for both.
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -9,10 +9,10 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// Rows of a strip, of two vectors of sums each: of 32 registers (AVX-512) or 16 (AVX2) some hold operands.
+/// Rows of a strip, each with two vectors of sums; some of the 32 registers (AVX-512) or 16 (AVX2) hold operands.
 constexpr int kStripRows = Vector::kLanes == 16 ? 14 : 6;
 
-/// A panel of the right operand, in packed elements: it stays in the L1 cache.
+/// A panel of the right operand, in packed elements. Fits the L1 cache.
 constexpr int kPanelCols = 2 * Vector::kLanes;
 constexpr int64_t kPanelDepth = 256;
 
@@ -21,18 +21,18 @@ constexpr int64_t kTile = 256;
 /// Columns of a tile that is read and written row by row.
 constexpr int64_t kLongRow = 4096;
 
-/// Up to so many rows, every element of the right operand is used so seldom that it is not worth packing.
+/// Up to this many rows, the right operand is reused too little to be worth packing.
 constexpr int64_t kFewRows = 2;
-/// The same for up to so many terms of a sum, in results of so many columns.
+/// The same up to this many terms of a sum, in results of this many columns.
 constexpr int64_t kShallow = 4, kWide = 512;
 
-/// Multiplications for which another thread is worth waking. With few rows the right operand comes from memory for each.
+/// Multiplications that are worth waking a thread for. With few rows, each one reads its right operand from memory.
 constexpr int64_t kThreadProducts = 1 << 18, kThreadProductsFewRows = 1 << 17;
 
-/// Up to so many rows, a right operand that is not transposed is read where it lies; or up to this leading dimension.
+/// Up to this many rows, or up to this leading dimension, a right operand that is not transposed is read in place.
 constexpr int64_t kInPlaceRows = 4 * kStripRows, kInPlaceLd = kTile;
 
-/// Elements ahead at which short rows are prefetched.
+/// Prefetch distance for short rows, in elements.
 constexpr int64_t kPrefetchDistance = 64;
 
 } // namespace

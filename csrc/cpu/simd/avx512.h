@@ -1,4 +1,4 @@
-// A vector of floats for AVX-512 (F, BW, DQ, VL): the little of it that the microkernels need.
+// A vector of floats for AVX-512 (F, BW, DQ, VL): only what the microkernels need.
 #pragma once
 
 #include "cpu/isa/headers.h"
@@ -10,40 +10,26 @@ struct Vector {
   static constexpr int kLanes = 16;
   __m512 value;
 
-  static Vector zero() {
-    return {_mm512_setzero_ps()};
-  }
-  static Vector broadcast(float scalar) {
-    return {_mm512_set1_ps(scalar)};
-  }
-  static Vector load(const float* data) {
-    return {_mm512_loadu_ps(data)};
-  }
+  static Vector zero() { return {_mm512_setzero_ps()}; }
+  static Vector broadcast(float scalar) { return {_mm512_set1_ps(scalar)}; }
+  static Vector load(const float* data) { return {_mm512_loadu_ps(data)}; }
   static Vector load(const c10::Half* data) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)))};
   }
   static Vector load(const c10::BFloat16* data) {
     return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
   }
-  static void store(Vector vector, float* data) {
-    _mm512_storeu_ps(data, vector.value);
-  }
+  static void store(Vector vector, float* data) { _mm512_storeu_ps(data, vector.value); }
   static void store(Vector vector, c10::Half* data) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(data), to_half(vector));
   }
   static void store(Vector vector, c10::BFloat16* data) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(data), to_bfloat16(vector));
   }
-  Vector operator+(Vector other) const {
-    return {_mm512_add_ps(value, other.value)};
-  }
+  Vector operator+(Vector other) const { return {_mm512_add_ps(value, other.value)}; }
   /// this + a * b
-  Vector plus_product(Vector a, Vector b) const {
-    return {_mm512_fmadd_ps(a.value, b.value, value)};
-  }
-  static Vector load_masked(const float* data, int count) {
-    return {_mm512_maskz_loadu_ps(first_lanes(count), data)};
-  }
+  Vector plus_product(Vector a, Vector b) const { return {_mm512_fmadd_ps(a.value, b.value, value)}; }
+  static Vector load_masked(const float* data, int count) { return {_mm512_maskz_loadu_ps(first_lanes(count), data)}; }
   static Vector load_masked(const c10::Half* data, int count) {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), data))};
   }
@@ -61,16 +47,14 @@ struct Vector {
   }
 
  private:
-  static __mmask16 first_lanes(int count) {
-    return static_cast<__mmask16>((1U << count) - 1);
-  }
+  static __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1U << count) - 1); }
   static Vector from_bfloat16(__m256i bits) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
   static __m256i to_half(Vector vector) {
     return _mm512_maskz_cvtps_ph(0xffff, vector.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  /// To nearest, ties to even; a NaN, which that could carry into infinity, as one fixed NaN.
+  /// Rounds to nearest, ties to even. A NaN becomes one fixed NaN, as rounding could carry it into infinity.
   static __m256i to_bfloat16(Vector vector) {
     const __m512i bits = _mm512_castps_si512(vector.value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

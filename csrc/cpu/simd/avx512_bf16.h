@@ -1,4 +1,4 @@
-// bfloat16 multiplied as it is, by AVX-512 BF16.
+// Native bfloat16 products with AVX-512 BF16.
 #pragma once
 
 #include "cpu/microkernels/element.h"
@@ -6,8 +6,7 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// Pairs of bfloat16, their products added in float32. The instruction takes subnormal numbers for zeros, in its operands and
-/// in its sums.
+/// Pairs of bfloat16, whose products are added in float32. The instruction flushes subnormal operands and sums to zero.
 template <>
 struct Element<c10::BFloat16> {
   static constexpr int kDepth = 2;

@@ -1,4 +1,4 @@
-// Operations on vectors of any width. Comes after the instruction set's own header, which defines Vector.
+// Operations on vectors of any width. Include after the instruction set's own header, which defines Vector.
 #pragma once
 
 #include "cpu/isa/headers.h"
@@ -6,19 +6,19 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// The first `count` lanes from memory, which holds no more, and zeros.
+/// Loads the first `count` lanes, without reading past them; the others are zero.
 template <typename T>
 Vector load_partial(const T* data, int count) {
   return count == Vector::kLanes ? Vector::load(data) : Vector::load_masked(data, count);
 }
 
-/// The first `count` lanes to memory, which has room for no more.
+/// Stores the first `count` lanes, without writing past them.
 template <typename T>
 void store_partial(Vector vector, T* data, int count) {
   count == Vector::kLanes ? Vector::store(vector, data) : Vector::store_masked(vector, data, count);
 }
 
-/// Of two rows of a matrix at distance kWidth, exchanges the off-diagonal quarters of each square of 2 * kWidth.
+/// Exchanges the off-diagonal quarters of each square of 2 * kWidth in two matrix rows that are kWidth apart.
 template <int kWidth, int... kLane>
 void exchange(Vector& upper, Vector& lower, std::integer_sequence<int, kLane...> /*lanes*/) {
   using Floats = float __attribute__((vector_size(sizeof(Vector))));
@@ -44,8 +44,8 @@ void transpose(Vector* rows) {
   }
 }
 
-/// The sum of each of kLanes vectors, in its lane of the result: what adding up the rows of their transpose gives, adding as
-/// soon as two can be added. Overwrites the vectors.
+/// The sum of each of kLanes vectors, in its lane of the result: adds up the rows of their transpose, each pair as soon
+/// as possible. Overwrites the vectors.
 template <int kWidth = 1>
 Vector sum_each(Vector* rows) {
 #pragma GCC unroll 16

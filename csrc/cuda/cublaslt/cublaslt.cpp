@@ -1,4 +1,4 @@
-// Products with their epilogue in one kernel, by cuBLASLt. Not run on a GPU yet, and therefore used only if asked for.
+// cuBLASLt: product and epilogue in one kernel. Opt-in, as it has not run on a GPU yet.
 #include "cuda/backend.h"
 #include "cuda/cublas.h"
 #include "lru_cache.h"
@@ -18,23 +18,23 @@
 namespace blockdiag::cuda {
 namespace {
 
-/// Never destroyed: at exit, CUDA may be gone before.
+/// Never destroyed: at exit, CUDA may be gone first.
 LruCache<LtProblem::Key, Plan, KeyHash>& plans() {
   static auto* cache = new LruCache<LtProblem::Key, Plan, KeyHash>(4096);
   return *cache;
 }
 
 void create_handle(cublasLtHandle_t* handle) {
-  // The stream may be captured, or another thread's.
+  // This stream, or another thread's, may be in a capture.
   const c10::cuda::CUDAStreamCaptureModeGuard guard(cudaStreamCaptureModeRelaxed);
   const auto status = cublasLtCreate(handle);
   TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "blockdiag: cublasLtCreate returned ", cublasGetStatusName(status));
 }
 
-void keep_handle(cublasLtHandle_t /*handle*/) {} // at exit, CUDA may be gone before
+void keep_handle(cublasLtHandle_t /*handle*/) {} // at exit, CUDA may be gone first
 
-/// One for each thread and device, as ATen keeps its own. ATen's is that of cuBLAS: with it comes cuBLAS's workspace of the
-/// current stream, 32 MiB on some GPUs, which cuBLASLt does not use.
+/// One per thread and device, like ATen's. ATen's own is a cuBLAS handle and brings cuBLAS's workspace for the current
+/// stream, 32 MiB on some GPUs, which cuBLASLt does not use.
 cublasLtHandle_t handle_of(c10::DeviceIndex device) {
   using Pool = at::cuda::DeviceThreadHandlePool<cublasLtHandle_t, create_handle, keep_handle>;
   static const auto pool = std::make_shared<Pool>();
@@ -42,7 +42,7 @@ cublasLtHandle_t handle_of(c10::DeviceIndex device) {
   return window->reserve(device);
 }
 
-/// The ways to add up parts of a sum that torch.backends.cuda.matmul and deterministic mode allow, as ATen takes them.
+/// The reductions of split sums that torch.backends.cuda.matmul and deterministic mode allow, as in ATen.
 int64_t allowed_reductions(DType dtype) {
   using Option = at::CuBLASReductionOption;
   const auto option = reduction_option(dtype);
@@ -98,21 +98,21 @@ bool run(const LtProblem& problem, const Operands& operands) {
     if (auto tuned = tuned_plan(handle, plan, problem, operands)) {
       plan = std::move(tuned);
     } else if (problem.epilogue.bias_grad) {
-      return false; // its epilogue is used where it is known to be faster
+      return false; // the epilogue is used only where known to be faster
     }
   }
   if (plan->candidates.empty()) {
     return false;
   }
   const Candidate& candidate = plan->candidates[0];
-  // Of the caching allocator, which knows of streams and of graph capture, and in whose order it is free again.
+  // The caching allocator supports graph capture, and frees in stream order.
   c10::DataPtr workspace;
   if (candidate.workspace > 0) {
     workspace = c10::cuda::CUDACachingAllocator::get()->allocate(candidate.workspace);
   }
   const auto status = launch(handle, *plan, candidate, operands, workspace.get());
   if (is_unsupported(status)) {
-    auto none = *plan; // remembered, as it would answer so again
+    auto none = *plan; // cached, as the answer would not change
     none.candidates.clear();
     plans().set(problem.key(), std::move(none));
     return false;
@@ -126,16 +126,16 @@ bool run(const LtProblem& problem, const Operands& operands) {
 bool cublaslt_takes(const GemmProblem& problem) {
   const auto& [gemm, dtype, epilogue] = problem;
   constexpr int64_t kMaxBatch = 65535; // a grid dimension of batched kernels
-  // Before CUDA 13.2 a leading dimension beyond 2^31 bytes is read wrongly (CUB-9572), before 12.8 Update 1 a bias of a
-  // vector (5104822).
+  // cuBLASLt misreads a leading dimension beyond 2^31 bytes before CUDA 13.2 (CUB-9572), and a bias of a vector before
+  // 12.8 Update 1 (5104822).
   const int64_t max_ld = kBlasMax / size_of(dtype);
   if (!(is_half(dtype) || dtype == DType::kFloat32) || epilogue.accumulate || gemm.batch > kMaxBatch ||
       std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) > max_ld ||
       ((epilogue.bias || epilogue.bias_grad) && (gemm.m == 1 || gemm.n == 1))) {
     return false;
   }
-  // A bias gradient is computed with the weight's where that may be known to be faster, and not in deterministic mode, as it is
-  // not documented how the epilogue sums.
+  // A bias gradient is fused with the weight's only when tuned, and not in deterministic mode, as the epilogue's order
+  // of summation is not documented.
   return !epilogue.bias_grad || (tuning().used > 0 && !at::globalContext().deterministicAlgorithms());
 }
 

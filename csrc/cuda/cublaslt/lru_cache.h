@@ -1,4 +1,4 @@
-// A cache that forgets what was not used for longest. Free of CUDA and of torch.
+// A least-recently-used cache. Independent of CUDA and torch.
 #pragma once
 
 #include <list>
@@ -10,7 +10,7 @@
 
 namespace blockdiag::cuda {
 
-/// At most `capacity` values by key, of which the longest unused go first. Safe to use from several threads.
+/// At most `capacity` values by key; evicts the least recently used. Thread-safe.
 template <typename Key, typename Value, typename Hash>
 class LruCache {
  public:
@@ -27,8 +27,8 @@ class LruCache {
     return known->second->second;
   }
 
-  /// The value of the key, made by `make` if there is none: outside of the lock, so that a slow or failing one holds up
-  /// nobody, and leaves nothing. Of several threads that make one the first's is kept.
+  /// The value of the key, made by `make` if absent. `make` runs outside of the lock: a slow or failing call blocks no
+  /// other thread and leaves nothing behind. If several threads make a value, the first is kept.
   template <typename Make>
   std::shared_ptr<const Value> get(const Key& key, const Make& make) {
     if (auto found = find(key)) {
@@ -37,12 +37,12 @@ class LruCache {
     return insert(key, std::make_shared<const Value>(make()), /*replace=*/false);
   }
 
-  /// Sets the value of the key, whether it has one or not.
+  /// Inserts or replaces the value of the key.
   void set(const Key& key, Value value) {
     insert(key, std::make_shared<const Value>(std::move(value)), /*replace=*/true);
   }
 
-  /// All keys and values, the longest unused first.
+  /// All keys and values, least recently used first.
   std::vector<std::pair<Key, std::shared_ptr<const Value>>> entries() const {
     const std::lock_guard lock(mutex_);
     return {entries_.rbegin(), entries_.rend()};
@@ -64,7 +64,7 @@ class LruCache {
       }
       return known->second->second;
     }
-    std::list<Entry> entry; // nothing is half done if memory runs out
+    std::list<Entry> entry; // keeps the cache consistent if memory runs out
     entry.emplace_front(key, std::move(value));
     index_.emplace(key, entry.begin());
     entries_.splice(entries_.begin(), entry);
@@ -77,7 +77,7 @@ class LruCache {
 
   size_t capacity_;
   mutable std::mutex mutex_;
-  std::list<Entry> entries_; // the last used first
+  std::list<Entry> entries_; // most recently used first
   std::unordered_map<Key, typename std::list<Entry>::iterator, Hash> index_;
 };
 

@@ -1,4 +1,4 @@
-// What the choice of a cuBLASLt algorithm depends on. Free of CUDA and of torch: tested on a CPU.
+// The key to the choice of a cuBLASLt algorithm. Independent of CUDA and torch: tested on a CPU.
 #pragma once
 
 #include "problem/gemm.h"
@@ -16,14 +16,13 @@ inline int64_t alignment(uint64_t address, int64_t stride_bytes, int64_t batch) 
   return int64_t{1} << std::countr_zero(bits);
 }
 
-/// Everything that cuBLASLt's heuristic reads of a problem, and that a choice of its algorithms depends on; equal ones have
-/// one plan.
+/// All that cuBLASLt's heuristic reads and a choice among its algorithms depends on. Equal problems share a plan.
 struct LtProblem : GemmProblem {
   int64_t device, compute_type;
-  int64_t reductions;                // how parts of a sum may be added up: a mask of cublasLtReductionScheme_t
+  int64_t reductions;                // allowed for split sums: a mask of cublasLtReductionScheme_t
   std::array<int64_t, 4> alignments; // of A, B, C and the bias or its gradient
   int64_t workspace;                 // bytes allowed
-  bool deterministic;                // what was measured without it was not checked for it
+  bool deterministic;                // choices measured without it were not checked for it
 
   /// The fields by name, in the order of a key. `device` is the ordinal.
   static constexpr std::array kFields = {
@@ -66,7 +65,7 @@ struct LtProblem : GemmProblem {
   }
 };
 
-/// Each number multiplied in by the golden ratio's 64 bits, and the upper half, which that mixes best, folded onto the lower.
+/// Multiplies each number in by the 64 bits of the golden ratio, and folds the better mixed upper half onto the lower.
 struct KeyHash {
   size_t operator()(const LtProblem::Key& key) const {
     uint64_t hash = 0;

@@ -16,9 +16,7 @@ namespace {
 struct Caller {
   const GemmProblem& problem;
 
-  void check(cublasStatus_t status, const char* function) const {
-    check_status(status, function, problem);
-  }
+  void check(cublasStatus_t status, const char* function) const { check_status(status, function, problem); }
 
   template <typename T>
   void set(cublasLtMatmulDescOpaque_t& operation, cublasLtMatmulDescAttributes_t attribute, const T& value) const {
@@ -58,9 +56,8 @@ struct Caller {
   }
 };
 
-/// Whether the algorithm is known to compute what it should. From 12.6.3 to 13.7.0 algorithm 66 sums wrongly if it splits k
-/// into parts that do not divide it (NVIDIA 6580689, fixed in CUDA 13.4 Update 1). What cannot be read is not trusted: not
-/// every algorithm has every attribute.
+/// Whether the algorithm is known to be correct. From 12.6.3 to 13.7.0 algorithm 66 sums wrongly if it splits k into
+/// parts that do not divide it (NVIDIA 6580689, fixed in CUDA 13.4 Update 1). An unknown attribute is not trusted.
 bool is_sound(const cublasLtMatmulAlgo_t& algorithm, int64_t k) {
   const auto read = [&](cublasLtMatmulAlgoConfigAttributes_t attribute) -> std::optional<int32_t> {
     int32_t value = 0;
@@ -90,12 +87,12 @@ std::optional<Plan> make_plan(cublasLtHandle_t handle, const LtProblem& problem)
   call.set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, gemm.a.transpose ? CUBLAS_OP_T : CUBLAS_OP_N);
   call.set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, gemm.b.transpose ? CUBLAS_OP_T : CUBLAS_OP_N);
   if (epilogue.bias || epilogue.bias_grad) {
-    // C's columns are the layer's output rows: one element of the bias for each of their m elements, in every block. Its
-    // gradient is B's sum over k: one for each of B's n columns.
+    // C's columns are the layer's output rows, so each block's bias has m elements. Its gradient is B's sum over k: one
+    // element for each of B's n columns.
     const auto fused = epilogue.bias_grad ? CUBLASLT_EPILOGUE_BGRADB : CUBLASLT_EPILOGUE_BIAS;
     call.set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, fused);
     call.set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE, epilogue.bias_grad ? gemm.n : gemm.m);
-    // The heuristic reads the pointer's alignment: one of just that, so that the plan does not depend on the first caller.
+    // The heuristic reads the pointer's alignment: exactly the problem's, so that plans do not depend on callers.
     const void* aligned = reinterpret_cast<const void*>(align_bias);
     call.set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, aligned);
   }
@@ -113,7 +110,7 @@ std::optional<Plan> make_plan(cublasLtHandle_t handle, const LtProblem& problem)
   call.set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(align_d));
   call.set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(problem.reductions));
 
-  std::array<cublasLtMatmulHeuristicResult_t, 16> found{}; // the fastest first, by the heuristic's estimate
+  std::array<cublasLtMatmulHeuristicResult_t, 16> found{}; // fastest first, by the heuristic's estimate
   int count = 0;
   const auto status = cublasLtMatmulAlgoGetHeuristic(
       handle, &plan.operation, &plan.a, &plan.b, &plan.c, &plan.c, &preference, static_cast<int>(found.size()),
@@ -138,9 +135,9 @@ std::optional<Plan> make_plan(cublasLtHandle_t handle, const LtProblem& problem)
 cublasStatus_t launch(
     cublasLtHandle_t handle, const Plan& plan, const Candidate& candidate, const Operands& operands, void* workspace
 ) {
-  // A copy: the pointer is this call's, and other threads use the plan too.
+  // A copy: the pointer belongs to this call, and other threads share the plan.
   auto operation = plan.operation;
-  // One attribute for the bias that is read and the gradient that is written: a problem has one of them at most.
+  // One attribute serves the bias and its gradient: a problem has at most one of them.
   if (const void* bias = operands.bias != nullptr ? operands.bias : operands.bias_grad) {
     const auto status =
         cublasLtMatmulDescSetAttribute(&operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));

@@ -24,9 +24,7 @@
 namespace blockdiag::cuda {
 namespace {
 
-Choice choice_of(const Candidate& candidate) {
-  return std::bit_cast<Choice>(candidate.algorithm);
-}
+Choice choice_of(const Candidate& candidate) { return std::bit_cast<Choice>(candidate.algorithm); }
 
 ChoiceKey choice_key(LtProblem problem) {
   const auto* device = at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(problem.device));
@@ -34,7 +32,7 @@ ChoiceKey choice_key(LtProblem problem) {
   return {device->name, problem.key()};
 }
 
-/// `plan` with the chosen candidate first, or with none if the choice is to do without; null if it is not among them.
+/// `plan` with the chosen candidate first, or without any if the choice is not to fuse; null if it lacks the candidate.
 std::shared_ptr<const Plan> apply(const Choice& choice, const Plan& plan, const LtProblem& problem) {
   auto applied = std::make_shared<Plan>(plan);
   auto& candidates = applied->candidates;
@@ -51,8 +49,7 @@ std::shared_ptr<const Plan> apply(const Choice& choice, const Plan& plan, const 
   return applied;
 }
 
-/// Room for a matrix, laid out and aligned as one of the problem's, several times: used in turn, they come from memory
-/// rather than from the cache.
+/// Copies of a matrix, laid out and aligned as the problem's. Used in turn, they come from memory, not from the cache.
 class Copies {
  public:
   Copies(const void* original, int64_t elements, DType dtype)
@@ -61,22 +58,16 @@ class Copies {
         offset_(static_cast<int64_t>(reinterpret_cast<uintptr_t>(original) % kAlignment)),
         pitch_((offset_ + bytes_ + kAlignment - 1) / kAlignment * kAlignment) {}
 
-  int64_t pitch() const {
-    return pitch_;
-  }
+  int64_t pitch() const { return pitch_; }
 
   void allocate(int64_t count, c10::DeviceIndex device) {
     slab_ = at::empty({count, pitch_}, at::device(at::Device(at::kCUDA, device)).dtype(at::kByte));
   }
 
-  /// Numbers of our own: the caller's may be zeros or infinite, with which no algorithm is wrong.
-  void fill(const at::Generator& generator) const {
-    slab_.view(dtype_).uniform_(-1, 1, generator);
-  }
+  /// Random numbers: the caller's may be zeros or infinities, which hide wrong algorithms.
+  void fill(const at::Generator& generator) const { slab_.view(dtype_).uniform_(-1, 1, generator); }
 
-  void fill_with_nan(int64_t copy) const {
-    slab_[copy].fill_(0xff);
-  }
+  void fill_with_nan(int64_t copy) const { slab_[copy].fill_(0xff); }
 
   void* operator[](int64_t copy) const {
     return static_cast<char*>(slab_.mutable_data_ptr()) + copy % slab_.size(0) * pitch_ + offset_;
@@ -87,7 +78,7 @@ class Copies {
   }
 
  private:
-  static constexpr int64_t kAlignment = 256; // of a slab, and the most that algorithms ask for
+  static constexpr int64_t kAlignment = 256; // of a slab; the most that algorithms require
 
   c10::ScalarType dtype_;
   int64_t bytes_, offset_, pitch_;
@@ -102,7 +93,8 @@ int64_t extent(int64_t rows, int64_t cols, const Operand& operand, int64_t batch
   return (batch - 1) * operand.stride + (cols - 1) * operand.ld + rows;
 }
 
-/// The candidates of a plan, timed. If the epilogue is a bias gradient, `product`, which has none, after a sum is one more.
+/// Times the candidates of a plan. For a bias gradient, a separate sum followed by `product`, which has no epilogue, is
+/// one more contestant.
 class Contest {
  public:
   Contest(
@@ -136,7 +128,7 @@ class Contest {
     launches_ = std::max<int64_t>(copies, 2);
     a_.allocate(copies, device);
     b_.allocate(copies, device);
-    c_.allocate(launches_, device); // two at least, to be compared
+    c_.allocate(launches_, device); // at least two, to compare
     const auto generator = at::cuda::detail::createCUDAGenerator(device);
     a_.fill(generator);
     b_.fill(generator);
@@ -157,7 +149,7 @@ class Contest {
     if (qualified.empty()) {
       return std::nullopt;
     }
-    std::chrono::duration<double, std::micro> queueing{0}; // the longest time that the host takes for all launches
+    std::chrono::duration<double, std::micro> queueing{0}; // the host's longest time for all launches
     for (const auto* contestant : qualified) {
       const auto began = std::chrono::steady_clock::now();
       run_all(contestant);
@@ -174,7 +166,7 @@ class Contest {
     for (auto& rounds : times) {
       std::nth_element(rounds.begin(), rounds.begin() + kRounds / 2, rounds.end());
     }
-    // The first, which would be used without tuning, stands unless another is clearly faster: noise should not decide.
+    // The first, used without tuning, wins unless another is clearly faster: noise should not decide.
     constexpr float kClearly = 0.98F;
     size_t best = 0;
     for (size_t i = 1; i < times.size(); ++i) {
@@ -205,20 +197,20 @@ class Contest {
     return launch(handle_, *product_, product_->candidates[0], operands, workspace_.get());
   }
 
-  /// Once for each copy.
+  /// Launches once per copy.
   void run_all(const Candidate* contestant) const {
     for (int64_t copy = 0; copy < launches_; ++copy) {
       check_status(run(contestant, copy, copy), "cublasLtMatmul", problem_);
     }
   }
 
-  /// Whether the contestant runs and computes what `reference` does, and if the user asks for that, the same twice.
+  /// Whether the contestant runs, agrees with `reference` and, in deterministic mode, repeats its own bits.
   bool qualifies(const Candidate* contestant, const Candidate* reference) const {
     const auto computes_as = [&](const Candidate* other, const auto& same) {
       return run(other, 0, 1) == CUBLAS_STATUS_SUCCESS && same(c_.elements(0), c_.elements(1)) &&
              (!is_grad_ || same(bias_.elements(0), bias_.elements(1)));
     };
-    c_.fill_with_nan(0); // or else what another has written would be taken for its own
+    c_.fill_with_nan(0); // so that another's results do not pass for its own
     if (is_grad_) {
       bias_.fill_with_nan(0);
     }
@@ -230,7 +222,7 @@ class Contest {
       return false;
     }
     return computes_as(reference, [](const auto& actual, const auto& expected) {
-      // Sums of bfloat16 in bfloat16 are apart by some hundredths of their usual size, wrong ones by that size.
+      // Sums of bfloat16 in bfloat16 differ by a few hundredths of their usual size, wrong ones by that size.
       constexpr float kTolerance = 0.1F;
       const auto usual = at::linalg_vector_norm(expected.to(at::kFloat)).template item<float>() /
                          std::sqrt(static_cast<float>(expected.numel()));
@@ -238,10 +230,10 @@ class Contest {
     });
   }
 
-  /// Milliseconds of a launch for each copy.
+  /// Milliseconds for one launch per copy.
   float time(const Candidate* contestant, double queueing_us) const {
-    // The device sleeps while the launches are queued, or else their rate would be what is timed.
-    constexpr double kCyclesPerMicrosecond = 2000; // of a GPU at its fastest, about
+    // The device sleeps while the launches are queued; otherwise the host's launch rate would be timed.
+    constexpr double kCyclesPerMicrosecond = 2000; // roughly, of the fastest GPUs
     at::cuda::sleep(static_cast<int64_t>(2 * queueing_us * kCyclesPerMicrosecond));
     at::cuda::CUDAEvent start(cudaEventDefault), stop(cudaEventDefault);
     start.record();
@@ -262,7 +254,7 @@ class Contest {
   c10::DataPtr workspace_;
 };
 
-/// One at a time, as two that run at once would time each other.
+/// One at a time: concurrent measurements would disturb each other.
 std::optional<Choice> measure(
     cublasLtHandle_t handle, const Plan& plan, const Plan* product, const LtProblem& problem, const Operands& operands
 ) {
@@ -272,7 +264,7 @@ std::optional<Choice> measure(
   if (const auto known = choices().find(key); known && apply(*known, plan, problem)) {
     return *known; // another thread was faster
   }
-  // Another thread may capture a graph, in which torch forbids all threads to wait for a device.
+  // Another thread may be capturing a graph, when torch forbids all threads to wait for a device.
   const c10::cuda::CUDAStreamCaptureModeGuard guard(cudaStreamCaptureModeRelaxed);
   try {
     const auto winner = Contest(handle, plan, product, problem, operands).winner();
@@ -281,7 +273,7 @@ std::optional<Choice> measure(
     }
     return winner;
   } catch (const c10::OutOfMemoryError&) {
-    return std::nullopt; // there is no room for copies
+    return std::nullopt; // no room for copies
   }
 }
 
@@ -310,7 +302,7 @@ std::shared_ptr<const Plan> tuned_plan(
     return known;
   }
   if (plan->candidates.size() == 1 && !problem.epilogue.bias_grad) {
-    return plan; // there is nothing to choose from
+    return plan; // nothing to choose from
   }
   std::shared_ptr<const Plan> tuned;
   if (const auto choice = choices().find(choice_key(problem))) {
@@ -319,7 +311,7 @@ std::shared_ptr<const Plan> tuned_plan(
   const bool may_measure =
       tuning().unmeasured == 0 && c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None;
   if (!tuned && may_measure) {
-    std::shared_ptr<const Plan> product; // as it would run without the epilogue: the fastest as well
+    std::shared_ptr<const Plan> product; // without the epilogue, also tuned
     auto unmeasured = choice_of(plan->candidates[0]);
     if (problem.epilogue.bias_grad) {
       auto plain = problem;
@@ -329,7 +321,7 @@ std::shared_ptr<const Plan> tuned_plan(
       product = product->candidates.empty() ? nullptr : tuned_plan(handle, product, plain, operands);
       unmeasured = Choice{};
     }
-    // Where nothing can be measured, what would be done without it, from now on.
+    // If measuring fails, the untuned choice is final.
     const auto choice = measure(handle, *plan, product.get(), problem, operands).value_or(unmeasured);
     tuned = apply(choice, *plan, problem);
   }

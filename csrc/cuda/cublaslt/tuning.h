@@ -1,4 +1,4 @@
-// Which of the algorithms that cuBLASLt's heuristic recommends is the fastest on this device, by measurement.
+// Measures which of the algorithms that cuBLASLt's heuristic recommends is the fastest on this device.
 #pragma once
 
 #include "lru_cache.h"
@@ -11,20 +11,19 @@
 
 namespace blockdiag::cuda {
 
-/// How many callers want measured choices to be used, and how many of them want nothing new to be measured. Process-wide, as
-/// the backward pass runs in threads of its own.
+/// How many callers want measured choices used, and how many of them want no new measurements. Process-wide, as the
+/// backward pass runs in its own threads.
 struct Tuning {
   std::atomic<int> used{0}, unmeasured{0};
 };
 Tuning& tuning();
 
-/// What a choice is kept as: the algorithm's bytes, which mean something to one version of cuBLASLt; zeros for a bias
-/// gradient that is faster summed by a kernel of its own. Choices are only ever looked up among those that the heuristic
-/// recommends now, so that a wrong one does no harm.
+/// A stored choice: the algorithm's bytes, valid for one version of cuBLASLt; zeros for a bias gradient that is faster
+/// in a separate kernel. A choice only selects among the heuristic's current candidates, so a wrong one does no harm.
 using Choice = std::array<uint64_t, sizeof(cublasLtMatmulAlgo_t) / sizeof(uint64_t)>;
 
-/// The problem of a choice: by the device's name, which holds for all devices of that name and in other processes, and with 0
-/// for its ordinal.
+/// The problem of a choice, with the device's name and 0 as its ordinal: valid for all devices of that name, and in
+/// other processes.
 struct ChoiceKey {
   std::string device;
   LtProblem::Key problem;
@@ -38,8 +37,8 @@ struct ChoiceKeyHash {
 };
 LruCache<ChoiceKey, Choice, ChoiceKeyHash>& choices();
 
-/// The plan of the problem with the fastest candidate first, and no candidate if it is fastest to leave the problem's epilogue
-/// to another kernel. Null if that is not known and cannot be measured now.
+/// The plan of the problem with the fastest candidate first, or without candidates if a separate kernel for the
+/// epilogue is faster. Null if that is unknown and cannot be measured now.
 std::shared_ptr<const Plan> tuned_plan(
     cublasLtHandle_t handle, const std::shared_ptr<const Plan>& plan, const LtProblem& problem, const Operands& operands
 );

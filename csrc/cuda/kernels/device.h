@@ -1,4 +1,4 @@
-// What the kernels ask of a GPU; tests/cpp/emulated_cuda.h has the same for a CPU.
+// The device intrinsics of the kernels; tests/cpp/emulated_cuda.h emulates them on a CPU.
 #pragma once
 
 #include <ATen/cuda/CUDAContextLight.h>
@@ -12,7 +12,7 @@
 namespace blockdiag::cuda {
 namespace {
 
-/// The type of `size` bytes that one instruction moves: of a struct, the compiler moves the parts.
+/// The type of `size` bytes that one instruction moves; the compiler moves a struct member by member.
 template <size_t size>
 using Word = std::conditional_t<
     size == 16, uint4, std::conditional_t<size == 8, uint2, std::conditional_t<size == 4, uint32_t, uint16_t>>>;
@@ -23,7 +23,7 @@ __device__ __forceinline__ V read(const void* from, bool valid) {
   return __builtin_bit_cast(V, valid ? *static_cast<const Word<sizeof(V)>*>(from) : Word<sizeof(V)>());
 }
 
-/// To global memory. Spelled out, as the compiler makes four instructions of an assignment in a branch.
+/// Stores to global memory. In assembly, as the compiler splits an assignment in a branch into four instructions.
 template <typename V>
 __device__ __forceinline__ void write(void* to, const V& value, bool valid) {
   const auto word = __builtin_bit_cast(Word<sizeof(V)>, value);
@@ -65,7 +65,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 #else
-  __trap(); // not reached: small_blocks_take asks the device first
+  __trap(); // unreachable: small_blocks_take checks the device
 #endif
 }
 

@@ -1,14 +1,14 @@
-// Small blocks on tensor cores: both kernels are bound by memory, so all that matters is how data moves.
+// Small blocks on tensor cores. Both kernels are memory bound, so only data movement matters.
 //
-// Nothing passes through shared memory on its way to the tensor cores: operands go from global memory to the registers of
-// the threads that multiply them, and back, in vectors of up to 16 bytes. That takes a permutation. In mma.m16n8k16 thread
-// (r, q) = (lane / 4, lane % 4) holds the elements 2q, 2q + 1, 2q + 8 and 2q + 9 of rows r and r + 8 of A and of column r of
-// B, and of the result rows r and r + 8 in columns 2q and 2q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating
-// point type"). A sum does not depend on the order of its terms, nor a row of a product on those beside it: so thread q takes
-// eight neighbors in memory for its share of two mma's, as long as both operands do, and rows are dealt out to mma's such
-// that a thread's results are neighbors too.
+// Operands bypass shared memory: they go from global memory to the registers of the threads that multiply them, and
+// back, in vectors of up to 16 bytes. That takes a permutation. In mma.m16n8k16 thread (r, q) = (lane / 4, lane % 4)
+// holds elements 2q, 2q + 1, 2q + 8 and 2q + 9 of rows r and r + 8 of A and of column r of B, and of the result rows r
+// and r + 8 in columns 2q and 2q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"). A sum
+// does not depend on the order of its terms, nor a row of a product on the other rows. So thread q takes eight
+// neighbors in memory as its share of two mma's, for both operands alike, and rows are assigned to mma's such that a
+// thread's results are neighbors.
 //
-// Pairs of elements share a register, the first in its lower half. Elements outside of a matrix are zeros, never read.
+// Pairs of elements share a register, the first in its lower half. Elements outside of a matrix are zero, never read.
 #include "small_blocks.h"
 
 #include "small_blocks_rows.h"
@@ -23,20 +23,18 @@ namespace {
 
 constexpr int64_t kMaxSize = 64;
 constexpr int64_t kMaxBatch = std::numeric_limits<int32_t>::max() / 4; // a grid's thread blocks, up to 4 for each block
-constexpr int64_t kPartRows = 256;                                     // to be measured: rows of a part
+constexpr int64_t kPartRows = 256;                                     // rows of a part; to be measured
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Whether vectors of `elements`, which start at multiples of it in rows of `size`, are aligned and end where rows end.
+/// Whether every row, of `size` elements, divides into aligned vectors of `elements`.
 bool is_wide(const void* pointer, const Operand& operand, int64_t batch, int64_t size, int64_t elements) {
   const auto offsets = reinterpret_cast<uintptr_t>(pointer) / 2 | static_cast<uint64_t>(size | operand.ld) |
                        static_cast<uint64_t>(batch > 1 ? operand.stride : 0);
   return reinterpret_cast<uintptr_t>(pointer) % 2 == 0 && offsets % elements == 0;
 }
 
-/// Calls `function` with the constant 16, 32 or 64 that `size` fits in.
+/// Calls `function` with the smallest of the constants 16, 32 and 64 that `size` fits in.
 template <typename Function>
 void with_width(int64_t size, const Function& function) {
   if (size <= 16) {
@@ -51,8 +49,8 @@ void with_width(int64_t size, const Function& function) {
 template <typename T, int kK, int kM, bool kWide>
 void run_rows(Problem p, int64_t processors) {
   p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kM / 8);
-  // As many warps as have room at once; but rather tiles enough for each to be worth its W, if that leaves 4 warps for each
-  // multiprocessor.
+  // As many warps as are resident at once, or fewer if that gives each enough tiles to repay loading W and leaves 4
+  // warps per multiprocessor.
   const int64_t tiles = divide_up(p.gemm.n, 8), batch = p.gemm.batch;
   const int64_t most = processors * kRowBlocks<kK, kM> * kRowWarps / batch;
   const int64_t enough = std::max(divide_up(tiles, kRowAhead<kK>), 4 * processors / batch);
@@ -75,7 +73,7 @@ void run_sum(Problem p, int64_t processors) {
   const int64_t tiles = divide_up(p.gemm.k, 16 * p.parts);
   const int64_t shares = std::clamp<int64_t>(divide_up(tiles, kSumAhead<kI, kJ>), 1, kSumWarps);
   constexpr int64_t kBytes = kShareFloats<kI, kJ> * sizeof(float);
-  c10::DataPtr partial; // of the caching allocator, which knows of streams and of graph capture
+  c10::DataPtr partial; // the caching allocator tracks streams and graph capture
   if (p.parts > 1) {
     partial = c10::cuda::CUDACachingAllocator::get()->allocate(p.parts * blocks * kBytes);
     p.partial = static_cast<float*>(partial.get());
@@ -86,10 +84,8 @@ void run_sum(Problem p, int64_t processors) {
   }
 }
 
-/// An activation times a weight; if not, a sum over the batch.
-bool is_rows(const Gemm& gemm) {
-  return !gemm.b.transpose;
-}
+/// Whether the problem is activation times weight, rather than a sum over the batch.
+bool is_rows(const Gemm& gemm) { return !gemm.b.transpose; }
 
 template <typename T>
 void run(const Problem& p, int64_t processors) {

@@ -1,4 +1,4 @@
-// Small blocks on tensor cores, by kernels of our own. Not run on a GPU yet, and therefore used only if asked for.
+// Our own kernels for small blocks, on tensor cores. Opt-in, as they have not run on a GPU yet.
 #pragma once
 
 #include "problem/gemm.h"
@@ -7,19 +7,19 @@
 
 namespace blockdiag::cuda {
 
-/// Whether these kernels compute such a problem, accumulated in float32: float16 and bfloat16,
+/// Whether these kernels take the problem: float16 or bfloat16, accumulated in float32, and
 ///
 /// - activation times weight (B not transposed, A in any layout): m and k up to 64, with or without a bias;
-/// - a sum over the batch (A not transposed, B transposed): m and n up to 64, with or without the bias's gradient;
+/// - or a sum over the batch (A not transposed, B transposed): m and n up to 64, with or without the bias's gradient;
 ///
-/// and compute capability 8.0 and newer. Equal calls give equal bits on the same kind of device.
+/// on compute capability 8.0 or newer. Equal calls give equal bits on the same kind of device.
 bool small_blocks_take(const GemmProblem& problem);
 
-/// Computes a problem that they take.
+/// Computes a problem that small_blocks_take accepts.
 bool run_small_blocks(const GemmProblem& problem, const Operands& operands);
 
-/// From how many rows on a sum over the batch is split into parts, which a second kernel adds up. To be measured on a GPU, and
-/// then a constant.
+/// The number of rows from which a sum over the batch is split into parts that a second kernel adds up. Becomes a
+/// constant once measured on a GPU.
 std::atomic<int64_t>& small_blocks_split_rows();
 
 } // namespace blockdiag::cuda

@@ -1,4 +1,4 @@
-// How the kernels for small blocks read and write rows of elements.
+// Loads and stores of the kernels for small blocks.
 #pragma once
 
 #include "problem/gemm.h"
@@ -9,7 +9,7 @@
 #ifdef __CUDACC__
 #include "device.h"
 #else
-#include "emulated_cuda.h" // of tests/cpp, which runs these files on a CPU
+#include "emulated_cuda.h" // from tests/cpp, which runs these files on a CPU
 #endif
 
 #include <type_traits>
@@ -17,24 +17,24 @@
 namespace blockdiag::cuda {
 namespace {
 
-// Aligned to its size, so that it is read and written at once.
+// Aligned to its size, so that one instruction moves it.
 template <typename E, int N>
 struct alignas(sizeof(E) * N) Vector {
   E at[N];
 };
 
-/// What a kernel is given.
+/// The arguments of a kernel.
 struct Problem {
   Gemm gemm;
   const uint16_t *a, *b, *bias;
   uint16_t *c, *bias_grad;
-  float* partial;            // sums of parts of the batch, if there are several
-  int64_t parts;             // of the batch, which are computed at the same time
+  float* partial;            // sums of the batch's parts, if there are several
+  int64_t parts;             // of the batch, computed in parallel
   bool wide_c;               // whether vectors of C are aligned
   unsigned tiles_i, tiles_j; // of 32 columns, and of 32 rows, of C in a sum over the batch: 1 or 2
 };
 
-/// 2N elements of a row of `size` from `col` on. Vectors only if kWide: they are aligned, and end where the row ends.
+/// Loads 2N elements of a row of `size` from `col` on, as vectors if kWide: aligned, and ending where the row ends.
 template <int N, bool kWide>
 __device__ __forceinline__ Vector<uint32_t, N> load(const uint16_t* row, int col, int size, bool valid) {
   if constexpr (kWide) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ Vector<uint32_t, N> load(const uint16_t* row, int col
   }
 }
 
-/// Rounds and stores N elements of a row of `size` from `col` on.
+/// Rounds and stores N elements of a row of `size`, starting at `col`.
 template <typename T, int N>
 __device__ __forceinline__ void store(
     uint16_t* row, int col, int size, const float (&values)[N], bool wide, bool valid
@@ -68,7 +68,7 @@ __device__ __forceinline__ void store(
   }
 }
 
-/// Element `i` of two rows as a pair, from the words that have the rows' elements side by side.
+/// Element `i` of two rows as a pair, from words that hold neighbors in a row.
 template <int N>
 __device__ __forceinline__ uint32_t pair(const Vector<uint32_t, N>& first, const Vector<uint32_t, N>& second, int i) {
   return __byte_perm(first.at[i / 2], second.at[i / 2], i % 2 == 0 ? 0x5410 : 0x7632);

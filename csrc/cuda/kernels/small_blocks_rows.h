@@ -6,18 +6,18 @@
 namespace blockdiag::cuda {
 namespace {
 
-// Activation times weight: C[j, i] = sum over l of X[j, l] W[i, l], row-major, for the rows j of the batch. W is the mma's A,
-// and X its B: 16 columns of C for 8 rows of the batch, which X's words feed as they were read.
+// Activation times weight: C[j, i] = sum over l of X[j, l] W[i, l], row-major, for the rows j of the batch. W is the
+// mma's A, and X its B: 16 columns of C for 8 rows of the batch. X's words are used as they were read.
 //
-// A warp has one block: its W in registers, and every `parts`-th tile of 8 rows of its X. The warps of a thread block share
-// W, by way of the first cache; neighbouring thread blocks have the same rows of neighbouring blocks, which lie side by side.
-// No thread waits for another.
+// A warp has one block: its W in registers, and every `parts`-th tile of 8 rows of its X. The warps of a thread block
+// share W through the L1 cache. Neighboring thread blocks have the same rows of neighboring blocks, which are adjacent
+// in memory. No thread waits for another.
 
-/// How many words of a row of K elements a thread reads at once: all of 16, or of each 32.
+/// Words of a row that a thread reads at once: its share of 16 elements, or of 32.
 template <int kK>
 constexpr int kPiece = kK == 16 ? 2 : 4;
 
-/// Thread q's share of a row: word i is of the elements element_of<kK>(i, q) and the next.
+/// Thread q's share of a row: word i holds element element_of<kK>(i, q) and the next.
 template <int kK>
 __device__ __forceinline__ int element_of(int i, int q) {
   return i / kPiece<kK> * 32 + (q * kPiece<kK> + i % kPiece<kK>)*2;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_row(uint32_t (&words)[kK / 8], const uint16
   }
 }
 
-/// Thread r has the kM / 8 rows of W from r * kM / 8 on, in pairs, as rows r and r + 8 of the mma's A.
+/// Thread r holds the kM / 8 rows of W from r * kM / 8 on, in pairs, as rows r and r + 8 of the mma's A.
 template <int kM, int kK>
 using Weight = uint32_t[kM / 16][kK / 16][4];
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_weight(Weight<kM, kK>& w, const Problem& p,
         w[i / 2][l / 2][l % 2 * 2 + i % 2] = words[l];
       }
     }
-  } else { // columns are
+  } else { // columns of W are contiguous
 #pragma unroll
     for (int l = 0; l < kK / 8; ++l) {
       const int col = element_of<kK>(l, q);
@@ -66,13 +66,13 @@ __device__ __forceinline__ void load_weight(Weight<kM, kK>& w, const Problem& p,
   }
 }
 
-constexpr int kRowWarps = 4; // of a thread block, at most
+constexpr int kRowWarps = 4; // per thread block, at most
 
-/// Thread blocks on a multiprocessor: bounds the registers.
+/// Thread blocks per multiprocessor: bounds the registers.
 template <int kK, int kM>
 constexpr int kRowBlocks = kK * kM >= 2048 ? 3 : (kK * kM > 256 ? 4 : 6);
 
-/// How many tiles are on their way to a warp: 4 KiB, or 2 in more warps.
+/// Tiles in flight per warp: 4 KiB, or 2 KiB in more warps.
 template <int kK>
 constexpr int kRowAhead = kK == 64 ? 4 : 8;
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kRowWarps * 32, kRowBlocks<kK, kM>) row_kernel
   const int m = static_cast<int>(p.gemm.m), k = static_cast<int>(p.gemm.k);
   const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
   const int64_t block = blockIdx.x, step = p.parts * 8;
-  // Of the tile that is computed next, and of the one that is read next.
+  // Of the next tile to compute, and of the next one to read.
   int64_t first = (blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * 8, row = first + r;
   uint16_t* c = p.c + block * p.gemm.c.stride + (first + 2 * q) * p.gemm.c.ld;
   const uint16_t* b = p.b + block * p.gemm.b.stride + row * p.gemm.b.ld;

@@ -6,31 +6,32 @@
 namespace blockdiag::cuda {
 namespace {
 
-// A sum over the batch: C[j, i] = sum over l of Y[l, j] X[l, i], row-major. Y's columns are the rows of the mma's A, X's the
-// columns of its B, and l is what the mma sums over: pairs of rows of the batch share a register, so two rows that a thread
-// read are interleaved. Thread r has kJ and kI neighbouring columns, and an mma one (of X) or two (of Y) of each thread's.
+// A sum over the batch: C[j, i] = sum over l of Y[l, j] X[l, i], row-major. Y's columns are the rows of the mma's A,
+// X's the columns of its B, and the mma sums over l: pairs of rows of the batch share a register, so a thread
+// interleaves two rows. Thread r has kJ and kI neighboring columns; an mma uses one (of X) or two (of Y) from each
+// thread.
 //
-// A thread block has one tile of C, 32 x 32, of one block of the weight, and every `parts`-th of the tiles of 16 rows of the
-// batch, which its warps share out. Their sums are added up in order in shared memory, and those of several thread blocks in
-// order by a second kernel: no atomics, so equal calls give equal bits.
+// A thread block has one 32 x 32 tile of C, in one block of the weight, and every `parts`-th tile of 16 rows of the
+// batch, distributed over its warps. The warps' sums are added in order in shared memory, and those of several thread
+// blocks in order by a second kernel: no atomics, so equal calls give equal bits.
 
-constexpr int kSumWarps = 8; // of a thread block, at most
+constexpr int kSumWarps = 8; // per thread block, at most
 
-/// How many tiles are on their way to a warp.
+/// Tiles in flight per warp.
 template <int kI, int kJ>
 constexpr int kSumAhead = 16 / (kI + kJ);
 
-// One share's sums: for each of the kJ rows and both halves of the 2 kI columns of a thread a vector of kI from each thread,
-// and after them the sums of Y's columns.
-constexpr int kPad = 16; // floats: two halves, which are read at the same time, lie in different banks
+// The layout of one share's sums: for each of the kJ rows and both halves of a thread's 2 kI columns, a vector of kI
+// from each thread; then the sums of Y's columns.
+constexpr int kPad = 16; // floats: two halves are read together, from different banks
 
 template <int kI, int kJ>
-constexpr int kColumnSums = kJ * 2 * (32 * kI + kPad); // where they stand
+constexpr int kColumnSums = kJ * 2 * (32 * kI + kPad); // their offset
 
 template <int kI, int kJ>
 constexpr int kShareFloats = kColumnSums<kI, kJ> + 8 * kJ;
 
-/// How many vectors, and sums of columns, a share has.
+/// Vectors and column sums in a share.
 template <int kJ>
 constexpr int kShareVectors = kJ * 64 + 8 * kJ;
 
@@ -59,8 +60,8 @@ __device__ __forceinline__ Vector<float, N> add_vectors(const float* from, int64
   return total;
 }
 
-/// Adds up one vector of `count` shares, which stand one after another in steps of `step` floats, in order, into one at `to`;
-/// or into the results, if that is null. Vectors with neighboring indices are neighbors in C.
+/// Adds up one vector of `count` shares, `step` floats apart, in order. Writes it to `to`, or to the results if that is
+/// null. Vectors with neighboring indices are neighbors in C.
 template <typename T, int kI, int kJ>
 __device__ void add_shares(
     const Problem& p, const Tile& tile, int index, const float* from, int64_t step, int64_t count, float* to
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kSumWarps * 32, 2) sum_kernel(const Problem p)
   const int m = static_cast<int>(p.gemm.m), n = static_cast<int>(p.gemm.n);
   const Tile tile = tile_of(p, blockIdx.x);
   const int64_t part = blockIdx.y, step = p.parts * shares * 16;
-  // Of the tile of rows that is summed next, and of the one that is read next.
+  // Of the next tile of rows to sum, and of the next one to read.
   int64_t first = (part * shares + share) * 16, row = first + q;
   const uint16_t* a = p.a + tile.block * p.gemm.a.stride + row * p.gemm.a.ld;
   const uint16_t* b = p.b + tile.block * p.gemm.b.stride + row * p.gemm.b.ld;

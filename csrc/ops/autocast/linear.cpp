@@ -1,5 +1,5 @@
-// Casts the arguments of blockdiag::linear as autocast casts those of torch.nn.functional.linear. The backward ops have no
-// rule here: they run in the dtype of the forward pass, inside an autocast region or outside.
+// Casts the arguments of blockdiag::linear as autocast casts those of torch.nn.functional.linear. The backward ops need
+// no rule: they run in the dtype of the forward pass, inside and outside of autocast regions.
 #include "include/blockdiag.h"
 
 #include <ATen/autocast_mode.h>
@@ -23,10 +23,6 @@ at::Tensor autocast_linear(const at::Tensor& input, const at::Tensor& weight, co
 } // namespace
 } // namespace blockdiag
 
-TORCH_LIBRARY_IMPL(blockdiag, AutocastCPU, m) {
-  m.impl("linear", TORCH_FN(blockdiag::autocast_linear<at::kCPU>));
-}
+TORCH_LIBRARY_IMPL(blockdiag, AutocastCPU, m) { m.impl("linear", TORCH_FN(blockdiag::autocast_linear<at::kCPU>)); }
 
-TORCH_LIBRARY_IMPL(blockdiag, AutocastCUDA, m) {
-  m.impl("linear", TORCH_FN(blockdiag::autocast_linear<at::kCUDA>));
-}
+TORCH_LIBRARY_IMPL(blockdiag, AutocastCUDA, m) { m.impl("linear", TORCH_FN(blockdiag::autocast_linear<at::kCUDA>)); }

@@ -1,4 +1,4 @@
-// What the derivatives of all ops share: calls of torch::autograd::Function as kernels of the Autograd key, and tangents.
+// Shared by all derivatives: calls of torch::autograd::Function as kernels of the Autograd key, and tangents.
 #pragma once
 
 #include <ATen/FuncTorchTLS.h>
@@ -15,15 +15,11 @@
 namespace blockdiag {
 namespace {
 
-inline at::Tensor conj_if_complex(const at::Tensor& tensor) {
-  return tensor.is_complex() ? tensor.conj() : tensor;
-}
+inline at::Tensor conj_if_complex(const at::Tensor& tensor) { return tensor.is_complex() ? tensor.conj() : tensor; }
 
-// Forward-mode AD carries one tangent in each tensor, at a level that is always 0.
+// Forward-mode AD keeps one tangent per tensor, always at level 0.
 
-inline at::Tensor tangent(const at::Tensor& tensor) {
-  return tensor._fw_grad(/*level=*/0);
-}
+inline at::Tensor tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0); }
 
 template <typename... Tensors>
 bool has_tangent(const Tensors&... tensors) {
@@ -40,15 +36,15 @@ inline std::optional<at::Tensor> primal(const std::optional<at::Tensor>& tensor)
 
 /// One call of a torch::autograd::Function as a kernel of the Autograd key.
 ///
-/// Function refuses to run under functorch's transforms (torch.func.grad and its relatives), because most callers use it above
-/// the dispatcher, where it would be unaware of their levels. Ours run as torch's own derivatives do: functorch calls them
-/// once for each level, with that level's tensors. So the transforms are hidden from Function, and shown again to what it
-/// calls. It refuses tangents as well, which are not its business here: it gets the primals alone.
+/// Function refuses to run under functorch's transforms (torch.func.grad and its relatives), because most callers use
+/// it above the dispatcher, unaware of their levels. Ours run as torch's own derivatives do: functorch calls them once
+/// per level, with that level's tensors. So the transforms are hidden from Function and restored for what it calls. It
+/// refuses tangents as well, and gets only the primals.
 class FunctionCall {
  public:
   FunctionCall(const at::Tensor& left, const at::Tensor& right) : left(left), right(right) {}
 
-  /// Calls Function::apply(left, right, rest..., this), in which Function may save `left` and `right`.
+  /// Calls Function::apply(left, right, rest..., this); Function may save `left` and `right`.
   template <typename Function, typename... Rest>
   at::Tensor apply(const Rest&... rest) {
     const auto primals = std::make_tuple(primal(left), primal(right));
@@ -57,8 +53,8 @@ class FunctionCall {
     return Function::apply(std::get<0>(primals), std::get<1>(primals), rest..., this);
   }
 
-  /// Calls forward() below autograd with the transforms in sight, and gradients on if they were: Function has switched them
-  /// off, which would hold for the transforms' outer levels too.
+  /// Calls forward() below autograd with the transforms restored, and gradients enabled if they were: Function disables
+  /// them, which would affect the transforms' outer levels too.
   template <typename Forward>
   at::Tensor run(const Forward& forward) {
     const auto hide_again = c10::make_scope_exit([this] { exchange(); });
@@ -68,14 +64,12 @@ class FunctionCall {
     return forward();
   }
 
-  // With their tangents: those of the gradients are made of them.
+  // With their tangents, which the tangents of the gradients depend on.
   const at::Tensor& left;
   const at::Tensor& right;
 
  private:
-  void exchange() {
-    std::swap(at::functorch::functorchTLSAccessor(), functorch_);
-  }
+  void exchange() { std::swap(at::functorch::functorchTLSAccessor(), functorch_); }
 
   std::unique_ptr<at::functorch::FuncTorchTLSBase> functorch_;
   bool grad_mode_ = at::GradMode::is_enabled();
@@ -90,7 +84,7 @@ inline at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
   return !a.defined() ? b : !b.defined() ? a : a.add(b);
 }
 
-/// Gives op(left, right), which is linear in both, its tangent, to which `more` is added.
+/// Sets the tangent of op(left, right), which is linear in both, plus `more`.
 template <typename Op>
 void set_tangent(
     const at::Tensor& result, const Op& op, const at::Tensor& left, const at::Tensor& right, const at::Tensor& more = {}
@@ -102,8 +96,8 @@ void set_tangent(
   if (has_tangent(right)) {
     sum = sum_of(sum, op(primal(left), tangent(right)));
   }
-  // Laid out as the result, or else torch makes a copy that is, which it cannot where sizes are symbolic. A copy in any case
-  // where nothing was added to `more`, which is a view of an argument's tangent: in-place ops on the result would change it.
+  // In the result's layout: otherwise torch makes a copy, which fails for symbolic sizes. If nothing was added to
+  // `more`, it is a view of an argument's tangent and always copied: in-place ops on the result would change it.
   sum = has_tangent(left, right) ? sum.contiguous() : sum.clone(at::MemoryFormat::Contiguous);
   result._set_fw_grad(sum, /*level=*/0, /*is_inplace_op=*/false);
 }

@@ -1,7 +1,7 @@
 // Gradients of any order.
 //
-// For every block, y = x W^T, dx = dy W and dW = dy^T x are one bilinear form read three ways, so the derivatives of each
-// of the three ops are the other two (of conjugated arguments, as PyTorch defines complex gradients).
+// For every block, y = x W^T, dx = dy W and dW = dy^T x are one bilinear form read three ways, so the derivatives of
+// each of the three ops are the other two (of conjugated arguments, as PyTorch defines complex gradients).
 #include "ops/linear.h"
 #include "function_call.h"
 
@@ -14,8 +14,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// The sizes of the input that gave an output of these sizes. They are not saved: compiled autograd would take each as a
-/// constant, and compile anew for every batch size.
+/// The sizes of the input that gave an output of these sizes. They are not saved: compiled autograd would treat each as
+/// a constant, and recompile for every batch size.
 c10::SymDimVector input_sizes_of(c10::SymIntArrayRef output_sizes, c10::SymIntArrayRef weight_sizes, bool stacked) {
   c10::SymDimVector sizes(output_sizes.begin(), output_sizes.end() - (stacked ? 2 : 1));
   if (stacked) {
@@ -26,7 +26,7 @@ c10::SymDimVector input_sizes_of(c10::SymIntArrayRef output_sizes, c10::SymIntAr
   return sizes;
 }
 
-// Each function saves only the tensors that the gradients asked for need: what only their shape is needed of is not kept.
+// Each function saves only the tensors that the requested gradients need, and none for its shape alone.
 struct Linear : torch::autograd::Function<Linear> {
   static constexpr bool is_traceable = true;
 
@@ -157,7 +157,7 @@ at::Tensor autograd_linear(const at::Tensor& input, const at::Tensor& weight, co
   return output;
 }
 
-/// An op of two tensors that is linear in both, and of one's sizes.
+/// An op that is linear in each of two tensors and takes the sizes of one.
 template <typename Function, typename Op>
 at::Tensor autograd_bilinear(const Op& op, const at::Tensor& left, const at::Tensor& right, c10::SymIntArrayRef sizes) {
   at::Tensor result;

@@ -1,4 +1,4 @@
-// Ops made of others, for dispatch keys without a kernel of their own.
+// Composite ops, for dispatch keys without a kernel of their own.
 #include "ops/linear.h"
 
 #include <torch/library.h>

@@ -1,4 +1,4 @@
-// Shapes alone: what torch.compile, torch.export and fake tensors see.
+// Shapes only, for torch.compile, torch.export and fake tensors.
 #include "ops/linear.h"
 
 #include <ATen/ops/empty.h>

@@ -1,4 +1,4 @@
-// Tensors that no op takes, by dispatch key, and what to do instead.
+// Tensors that no op supports, by dispatch key, and the workaround for each.
 #include "ops/schemas.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -31,7 +31,7 @@ constexpr std::array kUnsupported = {
     Unsupported{DispatchKey::QuantizedCPU, kToDense},
     Unsupported{DispatchKey::QuantizedCUDA, kToDense},
     Unsupported{DispatchKey::MkldnnCPU, kToDense},
-    // Before autograd, which asks for sizes that nested tensors do not have.
+    // Before autograd, which queries sizes that nested tensors do not have.
     Unsupported{DispatchKey::AutogradNestedTensor, kToDense},
     Unsupported{DispatchKey::NestedTensorCPU, kToDense},
     Unsupported{DispatchKey::NestedTensorCUDA, kToDense},

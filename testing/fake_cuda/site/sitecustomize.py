@@ -1,4 +1,4 @@
-"""On PYTHONPATH (see ../__main__.py): whoever imports torch has its ATen ops computed by ../aten.py."""
+"""On PYTHONPATH (see ../__main__.py): lets ../aten.py compute ATen's ops in every program that imports torch."""
 
 import atexit
 import importlib.machinery
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class _AfterTorch:
-    """A finder that finds torch as all others do, and does something more when torch has been imported."""
+    """A finder that delegates to the others, and installs the ops once torch is imported."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "torch":
@@ -24,8 +24,8 @@ class _AfterTorch:
             sys.path.append(str(Path(__file__).parents[2]))
             from fake_cuda.aten import fake
 
-            # Autograd's threads let go of tensors a little after the results are there. At exit, when they no longer
-            # get the GIL that Python's tensors need, that would end in abort().
+            # Autograd's threads release tensors slightly after the results arrive. At exit they can no longer take
+            # the GIL, which Python's tensors need, and would abort().
             atexit.register(time.sleep, 0.1)
             if not fake.get("dry") and not fake.get("nothing"):
                 fake.install()

@@ -35,7 +35,7 @@ int main() {
       torch::allclose(blockdiag::linear(input, weight, bias), loop(input, weight, bias), 1e-5, 1e-6),
       "blockdiag::linear computes what a loop computes"
   );
-  // The same op by name, as a program that only loads the library finds it.
+  // The same op by name, for programs that only load the library.
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("blockdiag::linear", "");
   require(op.hasKernelForDispatchKey(c10::DispatchKey::CPU), "the op is registered for the CPU");
 
