@@ -98,7 +98,7 @@ class Keeps(nn.Module):
         return self.down(hidden.relu())
 
 
-def test_nothing_is_folded_where_somebody_sees_the_features():
+def test_nothing_is_folded_where_a_hook_sees_the_features():
     """Values that a forward keeps, and that a container's hook observes, keep the order of their features."""
     kept = Keeps()
     hooked = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 8))

@@ -14,9 +14,16 @@ using c10::DispatchKey;
 
 constexpr const char* kToDense =
     "dense strided tensors, but got one of %. Convert it first: a sparse or mkldnn tensor by .to_dense(), a quantized "
-    "one "
-    "by .dequantize(), a nested one of torch.strided layout into one of torch.jagged, which blockdiag.linear and "
+    "one by .dequantize(), a nested one of torch.strided layout into one of torch.jagged, which blockdiag.linear and "
     "BlockDiagLinear take";
+
+#ifndef BLOCKDIAG_CUDA
+constexpr const char* kNoCuda =
+    "a build of blockdiag with CUDA for CUDA tensors, but this one is for CPUs only. Build it again beside a CUDA "
+    "build "
+    "of torch, with nvcc on the PATH: FORCE_CUDA=1 pip install --no-build-isolation --no-cache-dir --force-reinstall "
+    "--no-deps .";
+#endif
 
 struct Unsupported {
   DispatchKey key;
@@ -36,14 +43,7 @@ constexpr std::array kUnsupported = {
     Unsupported{DispatchKey::NestedTensorCPU, kToDense},
     Unsupported{DispatchKey::NestedTensorCUDA, kToDense},
 #ifndef BLOCKDIAG_CUDA
-    Unsupported{
-        DispatchKey::CUDA,
-        "a build of blockdiag with CUDA for CUDA tensors, but this one is for CPUs only. Build it again beside a CUDA "
-        "build "
-        "of torch, with nvcc on the PATH: FORCE_CUDA=1 pip install --no-build-isolation --no-cache-dir "
-        "--force-reinstall "
-        "--no-deps ."
-    },
+    Unsupported{DispatchKey::CUDA, kNoCuda},
 #endif
 };
 
