@@ -20,9 +20,8 @@ constexpr const char* kToDense =
 #ifndef BLOCKDIAG_CUDA
 constexpr const char* kNoCuda =
     "a build of blockdiag with CUDA for CUDA tensors, but this one is for CPUs only. Build it again beside a CUDA "
-    "build "
-    "of torch, with nvcc on the PATH: FORCE_CUDA=1 pip install --no-build-isolation --no-cache-dir --force-reinstall "
-    "--no-deps .";
+    "build of torch, with nvcc on the PATH: FORCE_CUDA=1 pip install --no-build-isolation --no-cache-dir "
+    "--force-reinstall --no-deps .";
 #endif
 
 struct Unsupported {
