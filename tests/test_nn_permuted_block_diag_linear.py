@@ -179,6 +179,21 @@ def test_state_dicts_that_do_not_fit():
         PermutedBlockDiagLinear(4, 4, 4, [1, 0, 3, 2]).load_state_dict(old_state(layer))
 
 
+def test_state_dicts_without_blocks_load_in_subclasses():
+    """Only what belongs to the blocks gets another name."""
+
+    class Scaled(PermutedBlockDiagLinear):
+        def __init__(self):
+            super().__init__(4, 4, 2, [1, 0, 3, 2])
+            self.scale, self.norm = nn.Parameter(torch.randn(4)), nn.LayerNorm(4)
+
+    layer, other = Scaled(), Scaled()
+    other.load_state_dict(old_state(layer))
+    torch.testing.assert_close(other.state_dict(), layer.state_dict(), rtol=0, atol=0)
+    keys = layer.load_state_dict({**old_state(layer), "other": torch.zeros(1)}, strict=False)
+    assert keys.unexpected_keys == ["other"]
+
+
 def test_compression_takes_it_for_one_layer():
     model = nn.Sequential(PermutedBlockDiagLinear(8, 8, 2, [7, 6, 5, 4, 3, 2, 1, 0]), nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"converted already: \['0'\]"):

@@ -130,11 +130,10 @@ class PermutedBlockDiagLinear(Unquantized):
         self.blocks.reset_parameters()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if not any(key.startswith(f"{prefix}blocks.") for key in state_dict):  # the blocks were the layer itself
-            for key in [key for key in state_dict if key.startswith(prefix)]:
-                name = key.removeprefix(prefix)
-                if name not in self._buffers:
-                    state_dict[f"{prefix}blocks.{name}"] = state_dict.pop(key)
+        for name in [*dict(self.blocks.named_parameters()), *dict(self.blocks.named_buffers())]:
+            old, new = f"{prefix}{name}", f"{prefix}blocks.{name}"
+            if old in state_dict and new not in state_dict:  # the blocks were the layer itself
+                state_dict[new] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, input: Tensor) -> Tensor:
