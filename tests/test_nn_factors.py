@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,12 +58,19 @@ def test_submatrices_of_monarch_have_its_rank():
             lambda: MonarchLinear(4, 6, (2, 4)),
             "expected out_features to be a multiple of its number of blocks 4, but got 6",
         ),
+        (lambda: MonarchLinear(4, 6, (2,)), r"expected num_blocks to be one number or two, but got \(2,\)"),
         (lambda: MonarchLinear(4, 6, 0), "expected in_features to be a multiple of its number of blocks 0, but got 4"),
     ],
 )
 def test_bad_sizes(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_blocks_may_be_numbers_of_numpy():
+    layer = MonarchLinear(8, 6, np.int64(2))
+    assert layer(torch.randn(3, 8)).shape == (3, 6)
+    assert MonarchLinear(8, 6, np.array([4, 3])).weight.shape == (6, 8)
 
 
 def test_near_square_blocks():

@@ -126,6 +126,12 @@ def test_from_blocks(bias, device):
     assert repr(same) == repr(layer)
 
 
+@pytest.mark.parametrize("other", [nn.Linear(4, 6), PermutedBlockDiagLinear(4, 6, 2)])
+def test_from_blocks_of_other_modules(other):
+    with pytest.raises(TypeError, match=f"expected blocks to be a BlockDiagLinear, but got {type(other).__name__}"):
+        PermutedBlockDiagLinear.from_blocks(other)
+
+
 def old_state(layer, prefix=""):
     """A state dict of version 0.1, in which the layer was itself the layer of the blocks."""
     return OrderedDict((f"{prefix}{key.removeprefix('blocks.')}", value) for key, value in layer.state_dict().items())

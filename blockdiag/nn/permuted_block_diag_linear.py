@@ -91,6 +91,7 @@ class PermutedBlockDiagLinear(Unquantized):
             output_permutation: as for the class.
 
         Raises:
+            TypeError: ``blocks`` is another module.
             ValueError: one of them is not a permutation of the features.
 
         Example::
@@ -101,6 +102,11 @@ class PermutedBlockDiagLinear(Unquantized):
             >>> layer.blocks is blocks
             True
         """
+        if not isinstance(blocks, BlockDiagLinear):
+            raise TypeError(
+                "PermutedBlockDiagLinear.from_blocks: expected blocks to be a BlockDiagLinear, but got "
+                f"{type(blocks).__name__}"
+            )
         layer = cls(blocks.in_features, blocks.out_features, blocks.num_blocks, device="meta")
         layer.blocks = blocks
         layer._register_permutations(input_permutation, output_permutation)
