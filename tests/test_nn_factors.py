@@ -74,4 +74,4 @@ def test_blocks_may_be_numbers_of_numpy():
 
 
 def test_near_square_blocks():
-    assert [near_square_blocks(n) for n in (1, 7, 64, 768, 3072, 1000)] == [1, 1, 8, 24, 48, 25]
+    assert [near_square_blocks(n) for n in (0, 1, 7, 64, 768, 3072, 1000)] == [1, 1, 1, 8, 24, 48, 25]
