@@ -1,6 +1,7 @@
 """BlockDiagonal: approximation error, permutations, and reports."""
 
 import copy
+import random
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from blockdiag import BlockDiagLinear, BlockDiagonal, PermutedBlockDiagLinear, compress
+from blockdiag.compression.numerics import projection
 from models import hidden_blocks, mlp
 
 
@@ -221,3 +223,12 @@ def test_missing_scipy_is_told_of(monkeypatch):
 def test_few_calibration_rows_are_warned_of():
     with pytest.warns(UserWarning, match="'0' has 8 inputs, but was calibrated on only 5 rows"):
         compress(mlp(8, 8), BlockDiagonal(2), calibration=[torch.randn(5, 8, dtype=torch.float64)], progress=False)
+
+
+def test_the_search_for_permutations_keeps_the_random_state(monkeypatch):
+    """Its libraries may draw from it: scikit-learn does, when it is first imported."""
+    find = projection.find_permutations
+    monkeypatch.setattr(projection, "find_permutations", lambda *args: (random.random(), find(*args))[1])
+    state = random.getstate()
+    compress(mlp(8, 8), BlockDiagonal(2, permute=True), progress=False)
+    assert random.getstate() == state

@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 import blockdiag
 from blockdiag import BlockDiagLinear
+from blockdiag.registration.layout import feature_dims
 from reference import DTYPES, Problem, make, problem_id
 
 OPS = torch.ops.blockdiag
@@ -235,3 +236,13 @@ def test_export():
     decomposed = program.run_decompositions()  # the op has no decomposition
     torch.testing.assert_close(decomposed.module()(x), net(x))
     assert OPS.linear.default in {node.target for node in decomposed.graph.nodes}
+
+
+def test_dynamo_tells_stacked_inputs_as_the_check_does(monkeypatch):
+    """It cannot trace the check in C++, which decides how models that are compiled are sharded."""
+    inputs = [(12,), (5, 12), (5, 4, 3), (2, 5, 4, 3), (4, 3), (3,), (1,), (5, 1), (4, 1), (5, 0), (4, 0), (5, 7)]
+    weights = [(4, 2, 3), (1, 2, 3), (4, 2, 1), (1, 1, 1), (4, 2, 0), (0, 2, 3)]
+    expected = [feature_dims(input, weight) for input in inputs for weight in weights]
+    assert set(expected) == {1, 2}
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    assert [feature_dims(input, weight) for input in inputs for weight in weights] == expected

@@ -197,3 +197,20 @@ def test_warnings_name_the_line_of_the_user():
     )
     assert [str(warning.message)[: len(m)] for warning, m in zip(caught, messages, strict=True)] == list(messages)
     assert all(warning.filename == __file__ for warning in caught)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model": [nn.Linear(2, 2)]}, TypeError, r"expected model to be a torch.nn.Module, but got \[Linear"),
+        ({"model": nn.Linear}, TypeError, "expected model to be a torch.nn.Module, but got <class"),
+        ({"optimizers": None}, TypeError, "expected optimizers to be torch.optim.Optimizer, but got NoneType"),
+        ({"calibration": 4}, TypeError, "expected calibration to be an iterable of batches or a function, but got 4"),
+        ({"measure": True}, TypeError, "expected measure to be an int, but got True"),
+        ({"measure": 2.5}, TypeError, "expected measure to be an int, but got 2.5"),
+        ({"measure": -1}, ValueError, "expected measure to be at least 0, but got -1"),
+    ],
+)
+def test_arguments_that_do_not_fit(settings, error, message):
+    with pytest.raises(error, match=message):
+        compress(**{"model": mlp(8, 8, 8), "config": BlockDiagonal(2), "progress": False, **settings})

@@ -199,6 +199,22 @@ def test_block_parallel(world_size, tmp_path):
     run(check_block_parallel, world_size, tmp_path)
 
 
+def check_compiled_block_parallel() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    expected, model, (x, target) = make_model(), make_model(), make_batch()
+    styles = {"0": BlockParallel(), "2": BlockParallel(input_layouts=Shard(-1), output_layouts=Replicate())}
+    compiled = torch.compile(parallelize_module(model, mesh, styles), backend="aot_eager", fullgraph=True)
+    for rows in (BATCH, 3, 5):
+        torch.testing.assert_close(
+            train(compiled, x[:rows], target[:rows]), train(expected, x[:rows], target[:rows]), rtol=1e-4, atol=1e-5
+        )
+    assert_same_parameters(model, expected)
+
+
+def test_compiled_block_parallel(tmp_path):
+    run(check_compiled_block_parallel, 2, tmp_path)
+
+
 def check_two_dimensions() -> None:
     """Blocks over one dimension of the mesh; over the other the batch and, by FSDP, the remaining parameters."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "blocks"))

@@ -303,3 +303,15 @@ def test_sizes_that_are_not_divisible():
     with pytest.raises(ValueError, match=r"'0' \(in_features=8, out_features=8\) cannot be split into \(3, 3\)"):
         compress(model, Monarch(num_blocks=3, min_features=0), inplace=True, progress=False)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_error": 0.5}, {"budget": 0.6}], ids=str)
+@pytest.mark.parametrize("config", [LowRank, Monarch])
+def test_layers_without_inputs_are_left_alone(config, settings):
+    model = nn.ModuleList([nn.Linear(0, 16), nn.Linear(16, 16)])
+    with torch.no_grad():
+        model[1].weight.fill_(1.0)  # of rank 1
+    new, report = factorize(model, config, **settings)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert type(new[0]) is nn.Linear
+    assert "operations (up to 0" in report.skipped["0"]

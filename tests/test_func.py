@@ -149,6 +149,27 @@ def test_results_of_nested_vmap_and_of_gradients_in_it_are_contiguous_inside(out
 
 
 @pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "message"),
+    [
+        ([(4, 5), None, None], None, "expected input's last dimension to be num_blocks .* = 4 .* 5 = 20, but got 5"),
+        ([(2, 10), (2, 4, 3, 5), None], None, "expected input's last dimension to be .* = 20, but got 10"),
+        ([(2,), (2, 4, 3, 5), None], None, "expected input to have at least 1 dimension"),
+        ([None, (2, 3, 5), None], None, "expected weight to have 3 dimensions"),
+        ([None, None, (2, 3, 4)], None, r"expected bias to have shape .*, but got shape \[3, 4\]"),
+        ([None, (2, 4, 3, 5), (2, 3, 4)], None, r"expected bias to have shape .*, but got shape \[3, 4\]"),
+        ([None, None, (2, 12)], torch.complex64, "expected bias to have input's dtype float32, but got complex64"),
+        ([None, None, (2, 12)], torch.float64, "expected bias to have input's dtype float32, but got float64"),
+    ],
+)  # fmt: skip
+def test_vmap_refuses_what_the_op_refuses(shapes, dtype, message):
+    """Also where the whole batch happens to fit."""
+    fitting = [(6, 20), (4, 3, 5), (12,)]
+    x, weight, bias = (torch.randn(own or shape) for own, shape in zip(shapes, fitting, strict=True))
+    with pytest.raises(RuntimeError, match=f"blockdiag::linear: {message}"):
+        vmap(blockdiag.linear, tuple(0 if own else None for own in shapes))(x, weight, bias.to(dtype))
+
+
 def test_vmap_over_the_bias_under_autocast(arguments, device):
     x, weight, bias = (argument.float() for argument in arguments)
     biases = torch.stack([bias, bias + 1])

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,6 +58,7 @@ def test_submatrices_of_monarch_have_its_rank():
             lambda: MonarchLinear(4, 6, (2, 4)),
             "expected out_features to be a multiple of its number of blocks 4, but got 6",
         ),
+        (lambda: MonarchLinear(4, 6, (2,)), r"expected num_blocks to be one number or two, but got \(2,\)"),
         (lambda: MonarchLinear(4, 6, 0), "expected in_features to be a multiple of its number of blocks 0, but got 4"),
     ],
 )
@@ -65,5 +67,11 @@ def test_bad_sizes(make, message):
         make()
 
 
+def test_blocks_may_be_numbers_of_numpy():
+    layer = MonarchLinear(8, 6, np.int64(2))
+    assert layer(torch.randn(3, 8)).shape == (3, 6)
+    assert MonarchLinear(8, 6, np.array([4, 3])).weight.shape == (6, 8)
+
+
 def test_near_square_blocks():
-    assert [near_square_blocks(n) for n in (1, 7, 64, 768, 3072, 1000)] == [1, 1, 8, 24, 48, 25]
+    assert [near_square_blocks(n) for n in (0, 1, 7, 64, 768, 3072, 1000)] == [1, 1, 1, 8, 24, 48, 25]

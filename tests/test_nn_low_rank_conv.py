@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,3 +127,18 @@ def test_dimensions_are_read_off_the_kernel_size(kernel_size, kind):
 def test_bad_sizes(make, message):
     with pytest.raises(ValueError, match=f"LowRankConv: {message}"):
         make()
+
+
+def test_sizes_of_numpy():
+    layer = LowRankConv(4, 6, np.int64(3), np.int64(2), stride=np.int64(2), padding=np.array([1, 0]))
+    assert layer.down.weight.shape == (2, 4, 3, 3)
+    assert layer(torch.randn(1, 4, 9, 9)).shape == (1, 6, 5, 4)
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        LowRankConv(4, 6, 3, 2.5)
+
+
+@pytest.mark.parametrize("other", [nn.Linear(4, 4), nn.ConvTranspose2d(4, 4, 3)], ids=lambda m: type(m).__name__)
+def test_from_conv_of_other_modules(other):
+    """A transposed convolution has all of the options, but computes something else."""
+    with pytest.raises(TypeError, match=f"from_conv: expected a convolution, but got {type(other).__name__}"):
+        LowRankConv.from_conv(other, 2)

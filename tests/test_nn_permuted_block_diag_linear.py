@@ -126,6 +126,12 @@ def test_from_blocks(bias, device):
     assert repr(same) == repr(layer)
 
 
+@pytest.mark.parametrize("other", [nn.Linear(4, 6), PermutedBlockDiagLinear(4, 6, 2)])
+def test_from_blocks_of_other_modules(other):
+    with pytest.raises(TypeError, match=f"expected blocks to be a BlockDiagLinear, but got {type(other).__name__}"):
+        PermutedBlockDiagLinear.from_blocks(other)
+
+
 def old_state(layer, prefix=""):
     """A state dict of version 0.1, in which the layer was a BlockDiagLinear."""
     return OrderedDict((f"{prefix}{key.removeprefix('blocks.')}", value) for key, value in layer.state_dict().items())
@@ -177,6 +183,21 @@ def test_state_dicts_that_do_not_fit():
             layer.load_state_dict({**state, "other": torch.zeros(1)})
     with pytest.raises(RuntimeError, match=r"size mismatch for blocks\.weight"):
         PermutedBlockDiagLinear(4, 4, 4, [1, 0, 3, 2]).load_state_dict(old_state(layer))
+
+
+def test_state_dicts_without_blocks_load_in_subclasses():
+    """Only what belongs to the blocks gets another name."""
+
+    class Scaled(PermutedBlockDiagLinear):
+        def __init__(self):
+            super().__init__(4, 4, 2, [1, 0, 3, 2])
+            self.scale, self.norm = nn.Parameter(torch.randn(4)), nn.LayerNorm(4)
+
+    layer, other = Scaled(), Scaled()
+    other.load_state_dict(old_state(layer))
+    torch.testing.assert_close(other.state_dict(), layer.state_dict(), rtol=0, atol=0)
+    keys = layer.load_state_dict({**old_state(layer), "other": torch.zeros(1)}, strict=False)
+    assert keys.unexpected_keys == ["other"]
 
 
 def test_compression_takes_it_for_one_layer():

@@ -101,6 +101,8 @@ def test_a_config_that_does_not_take_what_its_pattern_matches():
         ({"*": None}, "*", ValueError, "matches no layer that could be converted"),
         ({}, "*", ValueError, "the choice of layers matches no layer"),
         (LOW_RANK, {"0": 2}, TypeError, "patterns or a function, but got a mapping: pass it as config"),
+        (LOW_RANK, None, TypeError, "expected layers to be patterns or a function, but got None"),
+        (LOW_RANK, nn.Linear(2, 2), TypeError, "expected layers to be patterns or a function, but got Linear"),
         (LOW_RANK, ["0", 2], TypeError, "expected a glob, a regular expression or a class of layers, but got 2"),
         (LOW_RANK, int, TypeError, "a glob, a regular expression or a class of layers, but got <class 'int'>"),
         ({"0": 2}, "*", TypeError, r"expected a config such as blockdiag.LowRank\(\), or a mapping .*, but got 2"),

@@ -37,10 +37,12 @@ def as_optimizers(
     """One or several optimizers of the model as a list.
 
     Raises:
-        TypeError: one is not an optimizer.
+        TypeError: one is not an optimizer, or they are not iterable.
         ValueError: one keeps parameters outside of its groups (LBFGS, ZeroRedundancyOptimizer); none holds a parameter
             of the model; or the conversion copies the model, and with it the parameters.
     """
+    if not isinstance(optimizers, Optimizer | Iterable):
+        raise TypeError(f"expected optimizers to be torch.optim.Optimizer, but got {type(optimizers).__name__}")
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     for optimizer in listed:
         if not isinstance(optimizer, Optimizer):

@@ -116,8 +116,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside :class:`torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
+        TypeError: it is not a module.
         ValueError: the wrapper has state that a new one could not take over.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be a torch.nn.Module, but got {model!r}")
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return model
     for name in ("_comm_hooks", "mixed_precision"):

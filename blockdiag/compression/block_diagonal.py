@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blockdiag._surgery.duplicate import random_state_kept
 from blockdiag._surgery.optimizers import Reordering, Successor
 from blockdiag._surgery.replacement import Replacement, fill
 from blockdiag.compression.checks import IN_ATTENTION, LINEARS
@@ -141,7 +142,9 @@ class BlockDiagonal(Config):
         permuted = self.permute and num_blocks > 1
         if permuted:
             energies = weight.abs().square() * (1 if plain is None else plain.diagonal().real)
-            new_rows, new_columns = (o.to(weight.device) for o in projection.find_permutations(energies, num_blocks))
+            with random_state_kept():  # the first import of scikit-learn draws from Python's
+                orders = projection.find_permutations(energies, num_blocks)
+            new_rows, new_columns = (order.to(weight.device) for order in orders)
             new_blocks = fitted(new_rows, new_columns)
             new_error = error(differs(new_blocks, new_rows, new_columns), second)
             if new_error < error(differs(blocks, rows, columns), second):

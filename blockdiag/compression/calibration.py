@@ -122,6 +122,9 @@ def _run(model: nn.Module, calibration: Calibration, progress: bool) -> None:
     """Runs the model on all batches, or the function on the model."""
     if isinstance(calibration, Tensor):
         raise TypeError("expected calibration to be an iterable of batches, but got a Tensor: put it in a list")
+    # A map-style torch.utils.data.Dataset is iterated by its items.
+    if not (callable(calibration) or isinstance(calibration, Iterable) or hasattr(calibration, "__getitem__")):
+        raise TypeError(f"expected calibration to be an iterable of batches or a function, but got {calibration!r}")
     if callable(calibration) and not isinstance(calibration, Iterable):
         calibration(model)
         return

@@ -12,7 +12,7 @@ from blockdiag._surgery.optimizers import Reordering, as_optimizers, held_by
 from blockdiag._surgery.replacement import commit, unwrap
 from blockdiag.compression.calibration import Calibration, collect
 from blockdiag.compression.checks import attention_projections
-from blockdiag.compression.config import Change, Config, Selected, as_number
+from blockdiag.compression.config import Change, Config, Selected, as_number, as_whole
 from blockdiag.compression.numerics.moments import Moments
 from blockdiag.compression.progress import track
 from blockdiag.compression.report import CompressionReport, LayerReport, cost, describe, measure_pair
@@ -83,15 +83,16 @@ def compress(
         measure: rows of input to time each layer on before and after, or with ``calibration``, any number: the shape
             seen there is taken. Default: no timing.
         progress: whether to show progress bars (by tqdm, where installed).
-        budget: fraction, up to 1, that may be kept, where the config does not fix a size itself: of the operations of
-            all low-rank and Monarch layers together, shared out by rank to where they reduce the error most, and of the
-            parameters of each block-diagonal layer.
+        budget: fraction, up to 1, that may be kept: of the operations of all low-rank and Monarch layers together,
+            shared out by rank to where they reduce the error most, and of the parameters of each block-diagonal layer.
+            Not beside a config that fixes a size itself.
 
     Returns:
         ``(model, report)``, the latter a :class:`~blockdiag.compression.CompressionReport`.
 
     Raises:
-        TypeError: ``config``, ``layers``, ``optimizers`` or ``budget`` are of another type.
+        TypeError: ``model``, ``config``, ``layers``, ``calibration``, ``optimizers``, ``measure`` or ``budget`` are of
+            another type.
         ValueError: nothing is chosen, or a pattern matches nothing; sizes are not divisible, or ``budget`` is missing,
             out of range, or contradicts a config; a layer is lazy, quantized, parametrized, on the meta device, not
             finite, has a forward of its own, shares parameters with layers that stay, or memory with other parameters;
@@ -108,6 +109,7 @@ def compress(
         ['BlockDiagLinear[4 blocks] 64→64', 'LowRankLinear[rank 8] 64→32']
     """
     rules = as_rules(config, layers)
+    measure = None if measure is None else as_whole(None, "measure", measure, 0)
     if budget is not None and not 0 < (budget := as_number("budget", budget)) <= 1:
         raise ValueError(f"expected budget to be a fraction above 0, up to 1, but got {budget}")
     for rule in rules:

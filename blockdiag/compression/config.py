@@ -138,21 +138,22 @@ def too_small(layer: Any, min_features: int) -> str | None:
     return f"fewer than {min_features} {what}" if min(sizes) < min_features else None
 
 
-def as_whole(config: Config, name: str, value: Any, least: int) -> int:
-    """The value of a config's field as an int.
+def as_whole(config: Config | None, name: str, value: Any, least: int) -> int:
+    """The value of a config's field, or of another argument, as an int.
 
     Raises:
         TypeError: it is not an integer.
         ValueError: it is less than `least`.
     """
+    owner = "" if config is None else f"{type(config).__name__}: "
     try:
         if isinstance(value, bool):
             raise TypeError
         whole = operator.index(value)
     except TypeError:
-        raise TypeError(f"{type(config).__name__}: expected {name} to be an int, but got {value!r}") from None
+        raise TypeError(f"{owner}expected {name} to be an int, but got {value!r}") from None
     if whole < least:
-        raise ValueError(f"{type(config).__name__}: expected {name} to be at least {least}, but got {value}")
+        raise ValueError(f"{owner}expected {name} to be at least {least}, but got {value}")
     return whole
 
 

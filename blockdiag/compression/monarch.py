@@ -18,11 +18,11 @@ class Monarch(Factorized):
     """Linear layers become :class:`~blockdiag.MonarchLinear`: two block-diagonal layers, with a permutation in between.
 
     The weight consists of submatrices of low rank, of which there are as many as the first factor's blocks times the
-    second's; if that is one, the layer becomes a :class:`~blockdiag.LowRankLinear`. Only layers that then need fewer
-    operations are replaced. Without ``calibration`` every submatrix is a truncated singular value decomposition, in
-    closed form; with it the error of the layer's outputs is minimized by descent from there over the submatrices, with
-    the bias adjusted. Monarch layers with these blocks are projected to a lower rank, whatever ``min_features`` is;
-    those with others are left alone.
+    second's; if that is one, the layer becomes a :class:`~blockdiag.LowRankLinear`, which :class:`~blockdiag.LowRank`
+    compresses further. Only layers that then need fewer operations are replaced. Without ``calibration`` every
+    submatrix is a truncated singular value decomposition, in closed form; with it the error of the layer's outputs is
+    minimized by descent from there over the submatrices, with the bias adjusted. Monarch layers with these blocks are
+    projected to a lower rank, whatever ``min_features`` is; those with others are left alone.
 
     What :class:`~blockdiag.LowRank` says of attention holds here too.
 
@@ -97,4 +97,4 @@ class Monarch(Factorized):
 
 def near_square_blocks(features: int) -> int:
     """The largest divisor of `features` up to its square root: as many blocks as Monarch's, or fewer."""
-    return max(d for d in range(1, math.isqrt(features) + 1) if features % d == 0)
+    return max(d for d in range(1, math.isqrt(max(features, 1)) + 1) if features % d == 0)

@@ -20,7 +20,7 @@ class Candidate(NamedTuple):
     @property
     def limit(self) -> int:
         """The largest rank that saves operations."""
-        return min(self.largest, (self.before - 1) // self.each)
+        return max(0, min(self.largest, (self.before - 1) // self.each))
 
 
 def choose_ranks(candidates: Sequence[Candidate], budget: float | None) -> list[int]:
@@ -33,8 +33,8 @@ def choose_ranks(candidates: Sequence[Candidate], budget: float | None) -> list[
 def _rank_of_error(candidate: Candidate) -> int:
     left = candidate.spectrum.sum() - candidate.spectrum.cumsum(0)
     assert candidate.max_error is not None
-    enough = (left.clamp(min=0).sqrt() <= candidate.max_error).nonzero()
-    return int(enough[0]) + 1  # never empty: nothing is left at the end
+    too_few = left.clamp(min=0).sqrt() > candidate.max_error  # not the last: nothing is left at the end
+    return int(too_few.sum()) + 1
 
 
 def _ranks_within(candidates: Sequence[Candidate], budget: float) -> list[int]:

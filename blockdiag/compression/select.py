@@ -49,6 +49,8 @@ def as_rules(config: Config | Mapping[LayerPattern, Config | None], layers: Laye
     """
     if isinstance(layers, Mapping):
         raise TypeError("expected layers to be patterns or a function, but got a mapping: pass it as config")
+    if isinstance(layers, nn.Module) or not (callable(layers) or isinstance(layers, re.Pattern | Iterable)):
+        raise TypeError(f"expected layers to be patterns or a function, but got {layers!r}")
     by_function = callable(layers) and not isinstance(layers, type)
     if isinstance(config, Mapping):
         if not (isinstance(layers, str) and layers == "*"):

@@ -1,5 +1,7 @@
 """A convolution of low rank."""
 
+import operator
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -75,17 +77,18 @@ class LowRankConv(LowRank):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        rank = operator.index(rank)
+        sizes = tuple(kernel_size) if isinstance(kernel_size, Iterable) else (kernel_size, kernel_size)
         if len(sizes) not in _CONVOLUTIONS:
             raise ValueError(f"LowRankConv: expected kernel_size to have 1, 2 or 3 dimensions, but got {kernel_size}")
         options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         for name, value in options.items():
-            if not isinstance(value, int | str) and len(value) != len(sizes):
+            if isinstance(value, Iterable) and not isinstance(value, str) and len(tuple(value)) != len(sizes):
                 raise ValueError(
                     f"LowRankConv: expected {name} to be one number, or {len(sizes)} as kernel_size, but got {value}"
                 )
         for name, value in {**options, "kernel_size": sizes, "rank": rank, "groups": groups}.items():
-            if name != "padding" and min([value] if isinstance(value, int) else value) < 1:
+            if name != "padding" and min(value if isinstance(value, Iterable) else [value]) < 1:
                 raise ValueError(f"LowRankConv: expected {name} to be positive, but got {value}")
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels < 0 or channels % groups != 0:
@@ -121,6 +124,7 @@ class LowRankConv(LowRank):
             rank: number of channels between the two convolutions, of each group.
 
         Raises:
+            TypeError: ``conv`` is another module.
             ValueError: ``rank`` is not positive.
 
         Example::
@@ -131,6 +135,8 @@ class LowRankConv(LowRank):
             >>> layer(torch.randn(8, 64, 28, 28)).shape
             torch.Size([8, 128, 28, 28])
         """
+        if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d | LowRankConv):
+            raise TypeError(f"LowRankConv.from_conv: expected a convolution, but got {type(conv).__name__}")
         spatial: Any  # the convolution that has the kernel
         spatial, last = (conv.down, conv.up) if isinstance(conv, LowRankConv) else (conv, conv)
         layer = cls(

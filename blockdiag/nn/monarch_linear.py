@@ -1,5 +1,6 @@
 """A linear layer whose weight is a Monarch matrix."""
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -62,7 +63,10 @@ class MonarchLinear(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        in_blocks, out_blocks = (num_blocks, num_blocks) if isinstance(num_blocks, int) else num_blocks
+        both = tuple(num_blocks) if isinstance(num_blocks, Iterable) else (num_blocks, num_blocks)
+        if len(both) != 2:
+            raise ValueError(f"MonarchLinear: expected num_blocks to be one number or two, but got {num_blocks}")
+        in_blocks, out_blocks = both
         if rank < 1:
             raise ValueError(f"MonarchLinear: expected rank to be positive, but got {rank}")
         for name, features, blocks in (

@@ -91,6 +91,7 @@ class PermutedBlockDiagLinear(Unquantized):
             output_permutation: as for the class.
 
         Raises:
+            TypeError: ``blocks`` is another module.
             ValueError: one of them is not a permutation of the features.
 
         Example::
@@ -101,6 +102,11 @@ class PermutedBlockDiagLinear(Unquantized):
             >>> layer.blocks is blocks
             True
         """
+        if not isinstance(blocks, BlockDiagLinear):
+            raise TypeError(
+                "PermutedBlockDiagLinear.from_blocks: expected blocks to be a BlockDiagLinear, but got "
+                f"{type(blocks).__name__}"
+            )
         layer = cls(blocks.in_features, blocks.out_features, blocks.num_blocks, device="meta")
         layer.blocks = blocks
         layer._register_permutations(input_permutation, output_permutation)
@@ -130,11 +136,10 @@ class PermutedBlockDiagLinear(Unquantized):
         self.blocks.reset_parameters()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if not any(key.startswith(f"{prefix}blocks.") for key in state_dict):  # the blocks were the layer itself
-            for key in [key for key in state_dict if key.startswith(prefix)]:
-                name = key.removeprefix(prefix)
-                if name not in self._buffers:
-                    state_dict[f"{prefix}blocks.{name}"] = state_dict.pop(key)
+        for name in [*dict(self.blocks.named_parameters()), *dict(self.blocks.named_buffers())]:
+            old, new = f"{prefix}{name}", f"{prefix}blocks.{name}"
+            if old in state_dict and new not in state_dict:  # the blocks were the layer itself
+                state_dict[new] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, input: Tensor) -> Tensor:

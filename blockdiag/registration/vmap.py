@@ -36,11 +36,30 @@ def _blocks(weight: Tensor, batch_dim: int) -> Tensor:
     return weight.movedim(batch_dim, 0).flatten(0, 1)
 
 
+def _shape(tensor: Tensor, batch_dim: int | None) -> list[int]:
+    return [size for dim, size in enumerate(tensor.shape) if dim != batch_dim]
+
+
+def _fits(input: Sequence[int], weight: Sequence[int], bias: Sequence[int] | None) -> bool:
+    """Whether the op takes tensors of these shapes."""
+    if len(weight) != 3 or not input:
+        return False
+    num_blocks, out_block, in_block = weight
+    features = [num_blocks * in_block] if feature_dims(input, weight) == 1 else [num_blocks, in_block]
+    biases: list[Any] = [None, [num_blocks * out_block], [num_blocks, out_block]]
+    return list(input[-len(features) :]) == features and bias in biases
+
+
 def linear(info: Any, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int]:
     input_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
-    num_blocks, out_block, in_block = (size for dim, size in enumerate(weight.shape) if dim != weight_dim)
-    shape = [size for dim, size in enumerate(input.shape) if dim != input_dim]
-    dims = feature_dims(shape, (num_blocks, out_block, in_block))
+    shape, weight_shape = _shape(input, input_dim), _shape(weight, weight_dim)
+    bias_shape = None if bias is None else _shape(bias, bias_dim)
+    if not _fits(shape, weight_shape, bias_shape) or (bias is not None and bias.dtype != weight.dtype):
+        # The whole batch may fit nevertheless. The op says what is wrong with a sample, if anything is under autocast.
+        pairs = ((input, input_dim), (weight, weight_dim), (bias, bias_dim))
+        ops.linear(*(each if each is None or dim is None else each.select(dim, 0) for each, dim in pairs))
+    num_blocks, out_block = weight_shape[:2]
+    dims = feature_dims(shape, weight_shape)
     features = (num_blocks * out_block,) if dims == 1 else (num_blocks, out_block)
     if weight_dim is None:
         shared = bias if bias_dim is None else None

@@ -32,7 +32,7 @@ class Providers {
   )
       : providers_(std::move(providers)), where_(where) {
     const char* const asked = std::getenv(variable);
-    const char* const name = asked != nullptr ? asked : preferred;
+    const char* const name = asked != nullptr && *asked != 0 ? asked : preferred; // empty is unset
     first_ = name == nullptr ? 0 : find(name, variable);
   }
 

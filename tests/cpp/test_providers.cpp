@@ -76,6 +76,8 @@ void test_those_before_the_preferred_one_are_left_out() {
 void test_the_environment_variable_goes_before_the_default() {
   setenv("BLOCKDIAG_TEST_GEMM", "picky", /*overwrite=*/1);
   require(Providers(three(), "BLOCKDIAG_TEST_GEMM", "fallback").preferred() == "picky", "the variable is read");
+  setenv("BLOCKDIAG_TEST_GEMM", "", /*overwrite=*/1);
+  require(Providers(three(), "BLOCKDIAG_TEST_GEMM", "fallback").preferred() == "fallback", "an empty one is unset");
   setenv("BLOCKDIAG_TEST_GEMM", "fast", /*overwrite=*/1);
   try {
     const Providers providers(three(), "BLOCKDIAG_TEST_GEMM", nullptr, " on this CPU");
