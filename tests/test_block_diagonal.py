@@ -168,7 +168,7 @@ def test_transformer_encoder(nested):
 def test_nothing_to_convert():
     """Warns, and still returns a copy."""
     model = mlp(8, 8)
-    with pytest.warns(UserWarning, match="nothing was converted: .*fewer than 9 features"):
+    with pytest.warns(UserWarning, match="nothing was compressed: .*fewer than 9 features"):
         new, report = compress(model, BlockDiagonal(2, min_features=9), progress=False)
     assert new is not model
     assert type(new[0]) is nn.Linear

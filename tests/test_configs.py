@@ -189,7 +189,7 @@ def test_warnings_name_the_line_of_the_user():
         compress(model, BlockDiagonal(2), calibration=x, progress=False)
         compress(mlp(8, 8, 8), BlockDiagonal(2, permute=True), "0", inplace=True, progress=False)
     messages = (
-        "nothing was converted",
+        "nothing was compressed",
         "calibration does not call",
         "'0' has 8",
         "'2' has 8",

@@ -122,7 +122,7 @@ def test_ranks():
     assert report.skipped == {"0": "fewer than 17 features", "2": "fewer than 32 channels"}
     new, _ = factorize(model, layers="0", rank=3)
     assert new[0].rank == 3
-    with pytest.warns(UserWarning, match="nothing was converted"):
+    with pytest.warns(UserWarning, match="nothing was compressed"):
         same, report = compress(model, LowRank(), progress=False)
     assert all(type(a) is type(b) for a, b in zip(same, model, strict=True))
 
@@ -152,7 +152,7 @@ def test_the_smallest_rank_within_an_error(method, calibrated):
 
 def test_an_error_that_no_rank_reaches_leaves_the_layer():
     model = mlp(16, 16)
-    with pytest.warns(UserWarning, match="nothing was converted"):
+    with pytest.warns(UserWarning, match="nothing was compressed"):
         _, report = factorize(model, max_error=0.01)
     assert "no rank that saves operations (up to 7) has an error of at most 0.01" in report.skipped["0"]
 

@@ -202,7 +202,7 @@ def test_state_dicts_without_blocks_load_in_subclasses():
 
 def test_compression_takes_it_for_one_layer():
     model = nn.Sequential(PermutedBlockDiagLinear(8, 8, 2, [7, 6, 5, 4, 3, 2, 1, 0]), nn.Linear(8, 8))
-    with pytest.raises(ValueError, match=r"converted already: \['0'\]"):
+    with pytest.raises(ValueError, match=r"compressed already: \['0'\]"):
         compress(model, BlockDiagonal(2), "0*", progress=False)
     new, _ = compress(model, BlockDiagonal(2), "1", progress=False)
     assert type(new[0].blocks) is BlockDiagLinear

@@ -94,11 +94,11 @@ def test_a_config_that_does_not_take_what_its_pattern_matches():
 @pytest.mark.parametrize(
     ("config", "layers", "error", "message"),
     [
-        ({"0": LOW_RANK, "7": None}, "*", ValueError, "the pattern '7' matches no layer that could be converted"),
+        ({"0": LOW_RANK, "7": None}, "*", ValueError, "the pattern '7' matches no layer that could be compressed"),
         ({"0": LOW_RANK, "1": None}, "*", ValueError, "the pattern '1' matches no layer that .*; '1' is a ReLU"),
-        ({"0": LOW_RANK, nn.Conv2d: LOW_RANK}, "*", ValueError, r"Conv2d'> matches no layer that could be converted"),
+        ({"0": LOW_RANK, nn.Conv2d: LOW_RANK}, "*", ValueError, r"Conv2d'> matches no layer that could be compressed"),
         ({"0": LOW_RANK}, "0", ValueError, "leave out layers"),
-        ({"*": None}, "*", ValueError, "matches no layer that could be converted"),
+        ({"*": None}, "*", ValueError, "matches no layer that could be compressed"),
         ({}, "*", ValueError, "the choice of layers matches no layer"),
         (LOW_RANK, {"0": 2}, TypeError, "patterns or a function, but got a mapping: pass it as config"),
         (LOW_RANK, None, TypeError, "expected layers to be patterns or a function, but got None"),
@@ -144,7 +144,7 @@ def test_layers_that_are_compressed_already():
         new, report = compress(start, Monarch(num_blocks=blocks, rank=1), ["0", "4"], progress=False)
         assert (new[4].rank, new[4].num_blocks) == (1, (4, 4))
         assert list(report.skipped) == ["0"]
-    with pytest.warns(UserWarning, match="nothing was converted"):
+    with pytest.warns(UserWarning, match="nothing was compressed"):
         new, report = compress(start, Monarch(num_blocks=2, rank=1), "4", progress=False)
     assert report.skipped == {"4": "compressed already, with (4, 4) blocks and not (2, 2)"}
     assert new[4].rank == 2
@@ -162,9 +162,9 @@ def test_nothing_but_layers_that_are_compressed_already():
     low_rank, _ = compress(mlp(8, 8), LOW_RANK, progress=False)
     for model, config in ((blocks, BlockDiagonal(4)), (blocks, LowRank()), (low_rank, Monarch())):
         for layers in ("*", "0", lambda name, layer: True):
-            with pytest.raises(ValueError, match=r"could be converted; converted already: \['0'\]"):
+            with pytest.raises(ValueError, match=r"could be compressed; compressed already: \['0'\]"):
                 compress(model, config, layers, progress=False)
-    with pytest.raises(ValueError, match="matches no layer that could be converted"):
+    with pytest.raises(ValueError, match="matches no layer that could be compressed"):
         compress(mlp(8, 8), LOW_RANK, blockdiag.LowRankLinear)
 
 

@@ -49,5 +49,5 @@ def test_computes_the_same_and_trains_on():
 def test_messages():
     with pytest.raises(ValueError, match="expected a model with transformers' Conv1D inside"):
         conv1d_to_linear(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="matches no layer that could be converted; '0' is a Conv1D"):
+    with pytest.raises(ValueError, match="matches no layer that could be compressed; '0' is a Conv1D"):
         compress(nn.Sequential(Conv1D(4, 4), nn.Linear(4, 4)), LowRank(), "0")

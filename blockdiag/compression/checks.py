@@ -25,7 +25,7 @@ def is_quantized(module: nn.Module) -> bool:
 def check_layer(name: str, layer: Any, values: bool = True) -> None:
     """Raises if the layer's parameters are not plain dense ones that can be read and replaced."""
     if is_quantized(layer):
-        raise ValueError(f"'{name}' is quantized: convert the model first, then quantize it")
+        raise ValueError(f"'{name}' is quantized: compress the model first, then quantize it")
     if parametrize.is_parametrized(layer):
         raise ValueError(f"'{name}' is parametrized: remove it by torch.nn.utils.parametrize.remove_parametrizations")
     check_parts(name, layer)
@@ -65,7 +65,7 @@ def check_parameters(name: str, layer: nn.Module, values: bool = True) -> None:
         if type(parameter) is not nn.Parameter or not (parameter.is_floating_point() or parameter.is_complex()):
             raise ValueError(
                 f"'{name}.{key}' is a {type(parameter).__name__} of {parameter.dtype}, no plain parameter: "
-                "convert the model before it is sharded or quantized"
+                "compress the model before it is sharded or quantized"
             )
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise ValueError(

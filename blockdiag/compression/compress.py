@@ -120,7 +120,7 @@ def compress(
     chosen, skipped = _choose(bare, rules, budget)  # before any copy, which takes time: bad input is reported at once
     for selected in chosen:
         if "" in (name for names in selected.names for name in names):
-            raise ValueError("the model is itself the layer to convert: put it into an nn.Sequential")
+            raise ValueError("the model is itself the layer to compress: put it into an nn.Sequential")
 
     moments_of: dict[str, Moments] = {}
     shapes_of: dict[str, tuple[int, ...]] = {}
@@ -146,7 +146,7 @@ def compress(
         if change.replacement.old in read:
             report.layers[-1].multiplied_out()
     if not changes:
-        warnings.warn(f"nothing was converted: {report.skipped}", stacklevel=2)
+        warnings.warn(f"nothing was compressed: {report.skipped}", stacklevel=2)
 
     if dry_run or (inplace and not changes):
         return Compression(model, report)

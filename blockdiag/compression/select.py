@@ -102,15 +102,15 @@ def select(model: nn.Module, rules: Sequence[Rule]) -> tuple[list[Selected], dic
             skipped[name] = reason
 
     chosen = _by_weight(configs, attention_projections(model))
-    hint = f"; converted already: {list(compressed)}" if compressed else ""
+    hint = f"; compressed already: {list(compressed)}" if compressed else ""
     for rule in rules:
         if rule not in found and not (callable(rule.chooses) and not isinstance(rule.chooses, type)):
             others = [f"'{n}' is a {type(m).__qualname__}" for n, m in _walk(model) if n and rule.matches(n, m)]
             hint += f"; {', '.join(others[:3])}" if others else ""
-            raise ValueError(f"the pattern {rule.chooses!r} matches no layer that could be converted{hint}")
+            raise ValueError(f"the pattern {rule.chooses!r} matches no layer that could be compressed{hint}")
     if not chosen:
         reasons = "".join(f"; '{n}': {reason}" for n, reason in skipped.items() if n not in compressed)
-        raise ValueError(f"the choice of layers matches no layer that could be converted{hint}{reasons}")
+        raise ValueError(f"the choice of layers matches no layer that could be compressed{hint}{reasons}")
     check_sharing(model, {layer: selected.name for selected in chosen for layer in selected.layers})
     return chosen, skipped
 

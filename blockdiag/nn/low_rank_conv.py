@@ -99,18 +99,9 @@ class LowRankConv(LowRank):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.rank, self.groups = rank, groups
         kind: Any = _CONVOLUTIONS[len(sizes)]
-        self.down = kind(
-            in_channels,
-            rank * groups,
-            sizes,
-            groups=groups,
-            bias=False,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-            **options,
-        )
-        self.up = kind(rank * groups, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
+        shared: dict[str, Any] = {"groups": groups, "device": device, "dtype": dtype}
+        self.down = kind(in_channels, rank * groups, sizes, bias=False, padding_mode=padding_mode, **options, **shared)
+        self.up = kind(rank * groups, out_channels, 1, bias=bias, **shared)
 
     @classmethod
     def from_conv(cls, conv: Any, rank: int) -> "LowRankConv":

@@ -10,42 +10,37 @@ namespace {
 
 #ifdef BLOCKDIAG_CPU_KERNELS
 
-template <const Kernels& kernels>
-bool kernels_take(const GemmProblem& problem) {
-  if (problem.epilogue.accumulate || problem.epilogue.bias_grad) {
-    return false;
-  }
-  switch (problem.dtype) {
+/// What `function` returns for the kernel of this dtype, or false if there is none.
+template <typename Function>
+bool with_kernel(const Kernels& kernels, DType dtype, const Function& function) {
+  switch (dtype) {
     case DType::kFloat32:
-      return kernels.float32 != nullptr;
+      return kernels.float32 != nullptr && function(kernels.float32);
     case DType::kBFloat16:
-      return kernels.bfloat16 != nullptr;
+      return kernels.bfloat16 != nullptr && function(kernels.bfloat16);
     case DType::kFloat16:
-      return kernels.float16 != nullptr;
+      return kernels.float16 != nullptr && function(kernels.float16);
     default:
       return false;
   }
 }
 
 template <const Kernels& kernels>
+bool kernels_take(const GemmProblem& problem) {
+  return !problem.epilogue.accumulate && !problem.epilogue.bias_grad &&
+         with_kernel(kernels, problem.dtype, [](auto /*kernel*/) { return true; });
+}
+
+template <const Kernels& kernels>
 bool run_kernels(const GemmProblem& problem, const Operands& operands) {
-  const auto run = [&]<typename T>(Kernel<T> kernel) {
+  const auto& [a, b, c, bias, bias_grad] = operands;
+  return with_kernel(kernels, problem.dtype, [&]<typename T>(Kernel<T> kernel) {
     kernel(
-        problem.gemm, static_cast<const T*>(operands.a), static_cast<const T*>(operands.b), static_cast<T*>(operands.c),
-        static_cast<const T*>(operands.bias)
+        problem.gemm, static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c),
+        static_cast<const T*>(bias)
     );
-  };
-  switch (problem.dtype) {
-    case DType::kFloat32:
-      run(kernels.float32);
-      break;
-    case DType::kBFloat16:
-      run(kernels.bfloat16);
-      break;
-    default:
-      run(kernels.float16);
-  }
-  return true;
+    return true;
+  });
 }
 
 template <const Kernels& kernels>
