@@ -281,11 +281,12 @@ std::tuple<at::Tensor, at::Tensor> compute_weight_bias_grad(
   if (auto grads = compute_with_bias_grad(product, backend)) {
     return std::move(*grads);
   }
+  auto weight_grad = compute(product, backend);
   const bool stacked = is_stacked(input.sym_sizes(), weight_sizes);
   auto sum = bias_grad(grad_output, stacked, /*bias_stacked=*/stacked, weight_sizes);
   const auto& gemm = product.problem.gemm;
-  sum.unsafeGetTensorImpl()->set_sizes_contiguous({gemm.batch, gemm.n}); // a view is a call of the dispatcher
-  return {compute(product, backend), std::move(sum)};
+  sum.unsafeGetTensorImpl()->set_sizes_contiguous({gemm.batch, gemm.n}); // a view would be a call of the dispatcher
+  return {std::move(weight_grad), std::move(sum)};
 }
 
 } // namespace blockdiag
