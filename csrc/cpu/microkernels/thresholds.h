@@ -1,7 +1,7 @@
 // Crossover points between algorithms, and the sizes of tiles and panels.
 //
-// Measured on an AMD EPYC (Zen 5) with the suites of `python -m benchmarks`, with AVX-512 and limited to AVX2. A value
-// that names no instruction set is the best for both.
+// Tuned on a 2-core AMD EPYC (Zen 5) with AVX-512; benchmarks/results has the times there, and of that CPU
+// limited to AVX2. A value that names no instruction set serves both.
 #pragma once
 
 #include "cpu/simd/vector.h"
