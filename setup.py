@@ -64,7 +64,7 @@ def says(*command):
 
 
 # The folder of the CUDA toolkit that nvcc belongs to, or None.
-TOOLKIT = says(str(ROOT / "scripts" / "cuda_toolkit.sh")).strip() or None
+TOOLKIT = says("sh", str(ROOT / "scripts" / "cuda_toolkit.sh")).strip() or None
 
 
 def fingerprint():

@@ -53,7 +53,7 @@ def _folder(package: str) -> Path:
 
 def _include_folders() -> list[Path]:
     """The include folders of nvcc's toolkit, and of NVIDIA's packages."""
-    toolkit = subprocess.run([ROOT / "scripts" / "cuda_toolkit.sh"], capture_output=True, text=True, check=False)
+    toolkit = subprocess.run(["sh", ROOT / "scripts" / "cuda_toolkit.sh"], capture_output=True, text=True, check=False)
     folders = [Path(toolkit.stdout.strip()) / "include"] if toolkit.returncode == 0 else []
     if importlib.util.find_spec("nvidia"):
         folders += sorted(_folder("nvidia").glob("cu[0-9]*/include"))
