@@ -120,14 +120,27 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
     return tensor.detach().to("cpu", wide).requires_grad_(tensor.requires_grad)
 
 
-def _assert_within(name: str, actual: Tensor, expected: Tensor, magnitude: Tensor, length: int, dtype: torch.dtype):
-    """Asserts |actual - expected| <= bound; `magnitude` is the sum of |products|, `length` their number."""
+def _assert_within(
+    name: str,
+    actual: Tensor,
+    expected: Tensor,
+    magnitude: Tensor,
+    length: int,
+    dtype: torch.dtype,
+    rounded: torch.dtype | None = None,
+):
+    """Asserts |actual - expected| <= bound; `magnitude` is the sum of |products|, `length` their number.
+
+    `rounded`: the dtype that operands of another one may be rounded to before they are multiplied.
+    """
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.dtype == dtype, f"{name}: {actual.dtype}, expected {dtype}"
     if actual.numel() == 0:
         return
     tolerance = TOLERANCES[dtype]
     bound = _SLACK * (tolerance.result * expected.abs() + (length + 1) * tolerance.accumulation * magnitude)
+    if rounded is not None:
+        bound = bound + _SLACK * TOLERANCES[rounded].result * magnitude
     # Subnormal numbers lack relative precision.
     bound = bound + torch.finfo(dtype).smallest_normal
     error = (_wide(actual.detach()) - expected).abs()
@@ -138,12 +151,20 @@ def _assert_within(name: str, actual: Tensor, expected: Tensor, magnitude: Tenso
     )
 
 
-def check(op, input: Tensor, weight: Tensor, bias: Tensor | None = None, grad_output: Tensor | None = None) -> Tensor:
+def check(
+    op,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    rounded: torch.dtype | None = None,
+) -> Tensor:
     """Runs `op` and, given a `grad_output`, its backward pass; compares all results with the reference.
 
-    Returns the output of `op`.
+    Returns the output of `op`, which is to be of `dtype`, the input's by default; `rounded` as in _assert_within.
     """
-    dtype = input.dtype
+    dtype = dtype or input.dtype
     given = [tensor for tensor in (input, weight, bias) if tensor is not None]
     wide = [_wide(tensor) for tensor in given]
     expected = linear(*wide)
@@ -151,7 +172,7 @@ def check(op, input: Tensor, weight: Tensor, bias: Tensor | None = None, grad_ou
     actual = op(*given)
     assert actual.is_contiguous()
     assert actual.device == input.device
-    _assert_within("output", actual, expected.detach(), magnitude, weight.shape[-1], dtype)
+    _assert_within("output", actual, expected.detach(), magnitude, weight.shape[-1], dtype, rounded)
     if grad_output is not None:
         wanted = [index for index, tensor in enumerate(given) if tensor.requires_grad]
         actual_grads = torch.autograd.grad(actual, [given[i] for i in wanted], grad_output, retain_graph=True)
@@ -164,5 +185,5 @@ def check(op, input: Tensor, weight: Tensor, bias: Tensor | None = None, grad_ou
         lengths = (weight.shape[1], batch, batch)
         for i, got, want, size in zip(wanted, actual_grads, expected_grads, magnitudes, strict=True):
             name = ("grad input", "grad weight", "grad bias")[i]
-            _assert_within(name, got, want, size, lengths[i], dtype)
+            _assert_within(name, got, want, size, lengths[i], given[i].dtype, rounded)
     return actual

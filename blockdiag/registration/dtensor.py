@@ -25,7 +25,7 @@ def _splits(num_blocks: int, mesh: DeviceMesh) -> bool:
     return all(num_blocks % size == 0 for size in mesh.shape)
 
 
-def _shard_linear(input: Any, weight: Any, bias: Any = None) -> list[Sharding]:
+def _shard_linear(input: Any, weight: Any, bias: Any = None, **out_dtype: Any) -> list[Sharding]:
     blocks_dim = feature_dim(input, weight.shape)
 
     def sharding(output: Placement, input: Placement, weight: Placement) -> Sharding:
@@ -38,7 +38,9 @@ def _shard_linear(input: Any, weight: Any, bias: Any = None) -> list[Sharding]:
     return shardings
 
 
-def _shard_linear_input_grad(grad_output: Any, weight: Any, input_sizes: Sequence[int]) -> list[Sharding]:
+def _shard_linear_input_grad(
+    grad_output: Any, weight: Any, input_sizes: Sequence[int], **out_dtype: Any
+) -> list[Sharding]:
     blocks_dim = len(input_sizes) - feature_dims(input_sizes, weight.shape)
     shardings: list[Sharding] = [([Replicate()], [Replicate(), Replicate(), None])]
     shardings += [([Shard(dim)], [Shard(dim), Replicate(), None]) for dim in range(blocks_dim)]
@@ -47,7 +49,9 @@ def _shard_linear_input_grad(grad_output: Any, weight: Any, input_sizes: Sequenc
     return shardings
 
 
-def _shard_linear_weight_grad(grad_output: Any, input: Any, weight_sizes: Sequence[int]) -> list[Sharding]:
+def _shard_linear_weight_grad(
+    grad_output: Any, input: Any, weight_sizes: Sequence[int], **out_dtype: Any
+) -> list[Sharding]:
     blocks_dim = feature_dim(input, weight_sizes)
     shardings: list[Sharding] = [([Replicate()], [Replicate(), Replicate(), None])]
     shardings += [([Partial()], [Shard(dim), Shard(dim), None]) for dim in range(blocks_dim)]
@@ -59,9 +63,10 @@ def _shard_linear_weight_grad(grad_output: Any, input: Any, weight_sizes: Sequen
 def _weight_bias_grad(op: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Calls the separate ops: DTensor localizes an argument's sizes only for ops with one result."""
     grad_output, input, weight_sizes = args
-    grad = torch.ops.blockdiag.linear_weight_grad(grad_output, input, weight_sizes)
+    grad = torch.ops.blockdiag.linear_weight_grad(grad_output, input, weight_sizes, **kwargs)
     leading = list(range(feature_dim(input, weight_sizes)))
-    return grad, (grad_output.sum(leading) if leading else grad_output.clone()).view(weight_sizes[:2])
+    bias_grad = grad_output.sum(leading, dtype=grad.dtype) if leading else grad_output.to(grad.dtype, copy=True)
+    return grad, bias_grad.view(weight_sizes[:2])
 
 
 def register_sharding_rules() -> None:
@@ -76,4 +81,5 @@ def register_sharding_rules() -> None:
     for op in (ops.linear_input_grad.default, ops.linear_weight_grad.default):
         dispatcher.sharding_propagator.op_to_shape_and_stride_idx[op] = 2
         # Keep the list of sizes as one argument.
-        dispatcher.sharding_propagator.op_to_schema_info[op] = RuntimeSchemaInfo(static_argnum=2)
+        info = RuntimeSchemaInfo(static_argnum=2, static_kwargkey=["out_dtype"])
+        dispatcher.sharding_propagator.op_to_schema_info[op] = info

@@ -46,10 +46,15 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         message = "export to ONNX needs onnxscript: pip install onnx onnxscript"
         raise ModuleNotFoundError(message, name=error.name) from error
 
-    def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    def linear(input: Any, weight: Any, bias: Any = None, *, out_dtype: Any = None) -> Any:
         num_blocks, out_block, in_block = weight.shape
         stacked = feature_dims(input.shape, weight.shape) == 2
         features = [num_blocks, out_block] if stacked else [num_blocks * out_block]
+        leading = op.Shape(input, start=0, end=len(input.shape) - (2 if stacked else 1))
+        if out_dtype is not None:  # float32 and a half type: in float32, which all runtimes have
+            float32 = importlib.import_module("onnx").TensorProto.FLOAT
+            input, weight = op.Cast(input, to=float32), op.Cast(weight, to=float32)
+            bias = None if bias is None else op.Cast(bias, to=float32)
         rows = op.Reshape(input, op.Constant(value_ints=[-1, num_blocks, in_block]))
         # Workaround: without this no-op Reshape, onnxruntime fuses the transposition into the product, and divides by
         # zero if the batch is empty.
@@ -58,8 +63,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         output = op.Transpose(product, perm=[1, 0, 2])
         if bias is not None:
             output = op.Add(output, op.Reshape(bias, op.Constant(value_ints=[num_blocks, out_block])))
-        leading = op.Shape(input, start=0, end=len(input.shape) - (2 if stacked else 1))
-        return op.Reshape(output, op.Concat(leading, op.Constant(value_ints=features), axis=0), allowzero=1)
+        output = op.Reshape(output, op.Concat(leading, op.Constant(value_ints=features), axis=0), allowzero=1)
+        return output if out_dtype is None else op.Cast(output, to=out_dtype)
 
     return {torch.ops.blockdiag.linear.default: linear}
 

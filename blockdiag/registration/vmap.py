@@ -50,51 +50,56 @@ def _fits(input: Sequence[int], weight: Sequence[int], bias: Sequence[int] | Non
     return list(input[-len(features) :]) == features and bias in biases
 
 
-def linear(info: Any, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int]:
+def linear(
+    info: Any, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: Any = None
+) -> tuple[Tensor, int]:
     input_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
     shape, weight_shape = _shape(input, input_dim), _shape(weight, weight_dim)
     bias_shape = None if bias is None else _shape(bias, bias_dim)
     if not _fits(shape, weight_shape, bias_shape) or (bias is not None and bias.dtype != weight.dtype):
-        # The whole batch may fit nevertheless. The op says what is wrong with a sample, if anything is under autocast.
+        # The whole batch may fit nevertheless. The op says what is wrong with a sample, if anything is.
         pairs = ((input, input_dim), (weight, weight_dim), (bias, bias_dim))
-        ops.linear(*(each if each is None or dim is None else each.select(dim, 0) for each, dim in pairs))
+        sample = (each if each is None or dim is None else each.select(dim, 0) for each, dim in pairs)
+        ops.linear(*sample, out_dtype=out_dtype)
     num_blocks, out_block = weight_shape[:2]
     dims = feature_dims(shape, weight_shape)
     features = (num_blocks * out_block,) if dims == 1 else (num_blocks, out_block)
     if weight_dim is None:
         shared = bias if bias_dim is None else None
         if input_dim is None:
-            output = ops.linear(input, weight, shared).expand(info.batch_size, *shape[:-dims], *features)
+            output = ops.linear(input, weight, shared, out_dtype=out_dtype)
+            output = output.expand(info.batch_size, *shape[:-dims], *features)
         else:
-            output = ops.linear(input.movedim(input_dim, 0), weight, shared)
+            output = ops.linear(input.movedim(input_dim, 0), weight, shared, out_dtype=out_dtype)
         if bias is not None and bias_dim is not None:
             ones = [1] * (len(shape) - dims)
             bias = bias.movedim(bias_dim, 0).reshape(info.batch_size, *ones, *features)
-            # Under autocast, the output's dtype may differ from the bias's.
             output = (output + bias.to(output.dtype)).contiguous()
         return output, 0
     if bias is not None:
         bias = _side_by_side(bias, bias_dim, info.batch_size, bias.dim() - (bias_dim is not None))
     rows = _side_by_side(input, input_dim, info.batch_size, dims)
-    return _one_by_one(ops.linear(rows, _blocks(weight, weight_dim), bias), info.batch_size, features), 0
+    output = ops.linear(rows, _blocks(weight, weight_dim), bias, out_dtype=out_dtype)
+    return _one_by_one(output, info.batch_size, features), 0
 
 
 def linear_input_grad(
-    info: Any, in_dims: Any, grad_output: Tensor, weight: Tensor, input_sizes: Sequence[int]
+    info: Any, in_dims: Any, grad_output: Tensor, weight: Tensor, input_sizes: Sequence[int], *, out_dtype: Any = None
 ) -> tuple[Tensor, int]:
     grad_dim, weight_dim, _ = in_dims
     if weight_dim is None:
-        return ops.linear_input_grad(grad_output.movedim(grad_dim, 0), weight, [info.batch_size, *input_sizes]), 0
+        rows, sizes = grad_output.movedim(grad_dim, 0), [info.batch_size, *input_sizes]
+        return ops.linear_input_grad(rows, weight, sizes, out_dtype=out_dtype), 0
     num_blocks, out_block, in_block = (size for dim, size in enumerate(weight.shape) if dim != weight_dim)
     dims = feature_dims(input_sizes, (num_blocks, out_block, in_block))
     rows = _side_by_side(grad_output, grad_dim, info.batch_size, dims)
     sizes = [*rows.shape[:-1], info.batch_size * num_blocks * in_block]
-    grad = ops.linear_input_grad(rows, _blocks(weight, weight_dim), sizes)
+    grad = ops.linear_input_grad(rows, _blocks(weight, weight_dim), sizes, out_dtype=out_dtype)
     return _one_by_one(grad, info.batch_size, input_sizes[-dims:]), 0
 
 
 def _weight_grad(
-    op: Any, info: Any, in_dims: Any, grad_output: Tensor, input: Tensor, weight_sizes: Sequence[int]
+    op: Any, info: Any, in_dims: Any, grad_output: Tensor, input: Tensor, weight_sizes: Sequence[int], **out_dtype: Any
 ) -> Any:
     grad_dim, input_dim, _ = in_dims
     num_blocks, out_block, in_block = weight_sizes
@@ -104,16 +109,18 @@ def _weight_grad(
         _side_by_side(tensor, dim, info.batch_size, dims)
         for tensor, dim in ((grad_output, grad_dim), (input, input_dim))
     ]
-    grads = op(*rows, [info.batch_size * num_blocks, out_block, in_block])
+    grads = op(*rows, [info.batch_size * num_blocks, out_block, in_block], **out_dtype)
     return tree_map(lambda grad: grad.unflatten(0, (info.batch_size, num_blocks)), grads)
 
 
-def linear_weight_grad(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-    return _weight_grad(ops.linear_weight_grad, info, in_dims, *args), 0
+def linear_weight_grad(info: Any, in_dims: Any, *args: Any, **out_dtype: Any) -> tuple[Tensor, int]:
+    return _weight_grad(ops.linear_weight_grad, info, in_dims, *args, **out_dtype), 0
 
 
-def linear_weight_bias_grad(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    return _weight_grad(ops.linear_weight_bias_grad, info, in_dims, *args), (0, 0)
+def linear_weight_bias_grad(
+    info: Any, in_dims: Any, *args: Any, **out_dtype: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    return _weight_grad(ops.linear_weight_bias_grad, info, in_dims, *args, **out_dtype), (0, 0)
 
 
 def register_batching_rules() -> None:

@@ -38,7 +38,7 @@ GemmProblem with_bias_written(const GemmProblem& problem, const Operands& operan
   return {problem.gemm, problem.dtype, {.accumulate = true}};
 }
 
-bool aten_takes(const GemmProblem& problem) { return !problem.epilogue.bias_grad; }
+bool aten_takes(const GemmProblem& problem) { return !problem.epilogue.bias_grad && !problem.float32.any(); }
 
 bool aten_run(const GemmProblem& given, const Operands& operands) {
   const auto problem = with_bias_written(given, operands);

@@ -10,42 +10,25 @@ namespace {
 
 #ifdef BLOCKDIAG_CPU_KERNELS
 
-/// What `function` returns for the kernel of this dtype, or false if there is none.
-template <typename Function>
-bool with_kernel(const Kernels& kernels, DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return kernels.float32 != nullptr && function(kernels.float32);
-    case DType::kBFloat16:
-      return kernels.bfloat16 != nullptr && function(kernels.bfloat16);
-    case DType::kFloat16:
-      return kernels.float16 != nullptr && function(kernels.float16);
-    default:
-      return false;
-  }
-}
+using FindKernel = Kernel (*)(const GemmProblem& problem);
 
-template <const Kernels& kernels>
+template <FindKernel find>
 bool kernels_take(const GemmProblem& problem) {
-  return !problem.epilogue.accumulate && !problem.epilogue.bias_grad &&
-         with_kernel(kernels, problem.dtype, [](auto /*kernel*/) { return true; });
+  const auto& gemm = problem.gemm;
+  // They sum along rows that are contiguous: an incoming gradient has no other layout, unless it was expanded.
+  const bool sums = !problem.epilogue.bias_grad || gemm.b.transpose || (gemm.k == 1 && gemm.b.ld == 1);
+  return !problem.epilogue.accumulate && sums && find(problem) != nullptr;
 }
 
-template <const Kernels& kernels>
-bool run_kernels(const GemmProblem& problem, const Operands& operands) {
-  const auto& [a, b, c, bias, bias_grad] = operands;
-  return with_kernel(kernels, problem.dtype, [&]<typename T>(Kernel<T> kernel) {
-    kernel(
-        problem.gemm, static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c),
-        static_cast<const T*>(bias)
-    );
-    return true;
-  });
+template <FindKernel find>
+bool run_kernel(const GemmProblem& problem, const Operands& operands) {
+  find(problem)(problem, operands);
+  return true;
 }
 
-template <const Kernels& kernels>
+template <FindKernel find>
 Provider provider_of(const char* name) {
-  return {name, kernels_take<kernels>, run_kernels<kernels>};
+  return {name, kernels_take<find>, run_kernel<find>};
 }
 
 bool has(const char* feature) {
@@ -74,11 +57,11 @@ void add_kernels(std::vector<Provider>& providers) {
   }
   if (capability == "AVX512") {
     if (has("avx512_bf16")) {
-      providers.push_back(provider_of<avx512_bf16_kernels>("avx512_bf16"));
+      providers.push_back(provider_of<avx512_bf16_kernel>("avx512_bf16"));
     }
-    providers.push_back(provider_of<avx512_kernels>("avx512"));
+    providers.push_back(provider_of<avx512_kernel>("avx512"));
   }
-  providers.push_back(provider_of<avx2_kernels>("avx2"));
+  providers.push_back(provider_of<avx2_kernel>("avx2"));
 }
 
 #endif

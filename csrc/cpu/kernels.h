@@ -3,9 +3,6 @@
 
 #include "problem/gemm.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 // The kernels need g++'s vector extensions and target pragma.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define BLOCKDIAG_CPU_KERNELS
@@ -13,21 +10,17 @@
 
 namespace blockdiag::cpu {
 
-/// C = op(A) op(B), plus `bias` in each column of C unless it is null.
-template <typename T>
-using Kernel = void (*)(const Gemm& gemm, const T* a, const T* b, T* c, const T* bias);
-
-/// The kernels of one instruction set, null where there is none. Half types accumulate in float32.
-struct Kernels {
-  Kernel<float> float32;
-  Kernel<c10::BFloat16> bfloat16;
-  Kernel<c10::Half> float16;
-};
+/// Computes a problem, with float32 sums. Not its `accumulate`, and its `bias_grad` only where B's rows are contiguous.
+using Kernel = void (*)(const GemmProblem& problem, const Operands& operands);
 
 #ifdef BLOCKDIAG_CPU_KERNELS
-extern const Kernels avx2_kernels;        // and FMA, F16C
-extern const Kernels avx512_kernels;      // F, BW, DQ, VL
-extern const Kernels avx512_bf16_kernels; // the same and BF16: native bfloat16 products, no other kernel
+
+// The kernel of an instruction set for a problem's dtypes; null if there is none.
+
+Kernel avx2_kernel(const GemmProblem& problem);        // and FMA, F16C
+Kernel avx512_kernel(const GemmProblem& problem);      // F, BW, DQ, VL
+Kernel avx512_bf16_kernel(const GemmProblem& problem); // the same and BF16: native bfloat16 products, no other kernel
+
 #endif
 
 } // namespace blockdiag::cpu

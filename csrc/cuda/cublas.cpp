@@ -76,7 +76,7 @@ void write_bias(const GemmProblem& problem, const Operands& operands) {
 
 } // namespace
 
-bool cublas_takes(const GemmProblem& problem) { return !problem.epilogue.bias_grad; }
+bool cublas_takes(const GemmProblem& problem) { return !problem.epilogue.bias_grad && !problem.float32.any(); }
 
 bool cublas_run(const GemmProblem& problem, const Operands& operands) {
   const auto& gemm = problem.gemm;

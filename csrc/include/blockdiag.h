@@ -20,23 +20,33 @@ namespace blockdiag {
 /// returns (*, G * N) for a concatenated input and (*, G, N) for a stacked one, contiguous.
 ///
 /// All share one device and one dtype: float16 or bfloat16 (accumulated in float32), float32, float64, complex64 or
-/// complex128. Autocast applies as to torch::nn::functional::linear. Throws c10::Error on anything else, before any
+/// complex128. With an `out_dtype`, here and below, the result has it, and each tensor is float32 or of one half type:
+/// products are summed in float32 and rounded once. Under autocast, `out_dtype` is autocast's unless given, and tensors
+/// of other dtypes are cast as those of torch::nn::functional::linear. Throws c10::Error on anything else, before any
 /// work. Differentiable to any order.
 at::Tensor linear(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias = std::nullopt
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias = std::nullopt,
+    std::optional<at::ScalarType> out_dtype = std::nullopt
 );
 
 /// grad_output[..., g, :] weight[g], of shape `input_sizes`: the gradient of linear's input (for complex tensors, given
 /// the conjugate of its weight).
-at::Tensor linear_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes);
+at::Tensor linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+    std::optional<at::ScalarType> out_dtype = std::nullopt
+);
 
 /// The sum over the batch of grad_output[..., g, :]^T input[..., g, :], of shape `weight_sizes`: the gradient of
 /// linear's weight (for complex tensors, given the conjugate of its input).
-at::Tensor linear_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes);
+at::Tensor linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype = std::nullopt
+);
 
 /// linear_weight_grad, and grad_output summed over the batch, (G, N): the gradient of linear's bias.
 std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype = std::nullopt
 );
 
 /// The versions that this library was built with, and those that it found at load time.

@@ -7,14 +7,18 @@
 #include <c10/core/SymInt.h>
 
 #include <initializer_list>
+#include <optional>
 #include <utility>
 
 namespace blockdiag {
 
 using NamedTensor = std::pair<const char*, const at::Tensor*>;
 
-/// Checks that all tensors have one supported dtype and one device.
-void check_dtypes_and_devices(const char* op, std::initializer_list<NamedTensor> tensors);
+/// Checks that all tensors have one device and one supported dtype. With an `out_dtype`, that each is float32 or of one
+/// half type, as `out_dtype` is; or that all have `out_dtype`.
+void check_dtypes_and_devices(
+    const char* op, std::initializer_list<NamedTensor> tensors, std::optional<at::ScalarType> out_dtype
+);
 
 /// Checks that a size fits BLAS's 32-bit integers. Symbolic sizes pass: they are checked when the traced program runs.
 void check_fits_blas(const char* op, const char* what, const c10::SymInt& size);

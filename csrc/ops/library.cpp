@@ -15,28 +15,36 @@ auto find_op(const char* name) {
 
 } // namespace
 
-at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+at::Tensor linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> out_dtype
+) {
   static const auto op = find_op<decltype(linear)>("blockdiag::linear");
-  return op.call(input, weight, bias);
+  return op.call(input, weight, bias, out_dtype);
 }
 
-at::Tensor linear_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes) {
+at::Tensor linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+    std::optional<at::ScalarType> out_dtype
+) {
   static const auto op = find_op<decltype(linear_input_grad)>("blockdiag::linear_input_grad");
-  return op.call(grad_output, weight, input_sizes);
+  return op.call(grad_output, weight, input_sizes, out_dtype);
 }
 
 at::Tensor linear_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
   static const auto op = find_op<decltype(linear_weight_grad)>("blockdiag::linear_weight_grad");
-  return op.call(grad_output, input, weight_sizes);
+  return op.call(grad_output, input, weight_sizes, out_dtype);
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
   static const auto op = find_op<decltype(linear_weight_bias_grad)>("blockdiag::linear_weight_bias_grad");
-  return op.call(grad_output, input, weight_sizes);
+  return op.call(grad_output, input, weight_sizes, out_dtype);
 }
 
 } // namespace blockdiag

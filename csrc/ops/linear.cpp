@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include "check.h"
+#include "scalar_type.h"
 
 #include <ATen/ops/_unsafe_view.h>
 #include <c10/util/Exception.h>
@@ -85,35 +86,40 @@ bool is_stacked(int64_t dims, const c10::SymInt& last, c10::SymIntArrayRef weigh
          TORCH_GUARD_OR_FALSE(last.sym_eq(in_block));
 }
 
-LinearSizes check_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+LinearSizes check_linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> out_dtype
+) {
   constexpr const char* op = "blockdiag::linear";
   auto sizes = check_sizes(op, input.sym_sizes(), weight.sym_sizes());
   if (bias) {
     check_bias(op, bias->sym_sizes(), sizes);
-    check_dtypes_and_devices(op, {{"input", &input}, {"weight", &weight}, {"bias", &*bias}});
+    check_dtypes_and_devices(op, {{"input", &input}, {"weight", &weight}, {"bias", &*bias}}, out_dtype);
   } else {
-    check_dtypes_and_devices(op, {{"input", &input}, {"weight", &weight}});
+    check_dtypes_and_devices(op, {{"input", &input}, {"weight", &weight}}, out_dtype);
   }
   return sizes;
 }
 
 LinearSizes check_linear_input_grad(
-    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
   constexpr const char* op = "blockdiag::linear_input_grad";
   auto sizes = check_sizes(op, input_sizes, weight.sym_sizes());
   check_grad_output(op, grad_output.sym_sizes(), sizes);
-  check_dtypes_and_devices(op, {{"grad_output", &grad_output}, {"weight", &weight}});
+  check_dtypes_and_devices(op, {{"grad_output", &grad_output}, {"weight", &weight}}, out_dtype);
   return sizes;
 }
 
 LinearSizes check_linear_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
   constexpr const char* op = "blockdiag::linear_weight_grad";
   auto sizes = check_sizes(op, input.sym_sizes(), weight_sizes);
   check_grad_output(op, grad_output.sym_sizes(), sizes);
-  check_dtypes_and_devices(op, {{"grad_output", &grad_output}, {"input", &input}});
+  check_dtypes_and_devices(op, {{"grad_output", &grad_output}, {"input", &input}}, out_dtype);
   return sizes;
 }
 
@@ -191,73 +197,143 @@ c10::DimVector as_ints(c10::SymIntArrayRef sizes) {
   return {ints.begin(), ints.end()};
 }
 
-} // namespace
+/// The product of placed operands, in the terms of describe_product. It is computed in their half type, if there is
+/// one, which those of out_dtype then need not have.
+Product describe(
+    const Gemm& gemm, Placed a, Placed b, at::Tensor bias, std::optional<at::ScalarType> out_dtype,
+    c10::DimVector result_sizes
+) {
+  DType dtype = dtype_of(a.tensor);
+  Float32 float32;
+  if (out_dtype) {
+    for (const auto type : {b.tensor.scalar_type(), *out_dtype}) {
+      dtype = is_half(dtype) ? dtype : find_dtype(type).value();
+    }
+    if (dtype == DType::kFloat32 && bias.defined()) {
+      bias = bias.to(at::kFloat);
+    }
+    const auto widened = [&](at::ScalarType type) { return is_half(dtype) && type == at::kFloat; };
+    float32 = {
+        .a = widened(a.tensor.scalar_type()),
+        .b = widened(b.tensor.scalar_type()),
+        .c = widened(*out_dtype),
+        .bias = bias.defined() && widened(bias.scalar_type()),
+    };
+  }
+  return {
+      .problem = {.gemm = gemm, .dtype = dtype, .epilogue = {.bias = bias.defined()}, .float32 = float32},
+      .a = std::move(a.tensor),
+      .b = std::move(b.tensor),
+      .bias = std::move(bias),
+      .result_sizes = std::move(result_sizes),
+  };
+}
 
-Product lower_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const auto checked = check_linear(input, weight, bias);
+Product lower_linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> out_dtype
+) {
+  const auto checked = check_linear(input, weight, bias, out_dtype);
   const Sizes sizes(checked);
   auto x = place_activation(input, sizes, sizes.in_block);
   auto w = place_weight(weight, sizes);
   const auto y = contiguous_activation(sizes, sizes.out_block);
-  return {
-      .problem =
-          {.gemm = describe_product(x.blocks, w.blocks.transposed(), y, sizes.num_blocks),
-           .dtype = dtype_of(input),
-           .epilogue = {.bias = bias.has_value()}},
-      .a = std::move(w.tensor),
-      .b = std::move(x.tensor),
-      .bias = bias ? bias->contiguous() : at::Tensor(),
-      .result_sizes = as_ints(checked.output),
-  };
+  const auto gemm = describe_product(x.blocks, w.blocks.transposed(), y, sizes.num_blocks);
+  auto b = bias ? bias->contiguous() : at::Tensor();
+  return describe(gemm, std::move(w), std::move(x), std::move(b), out_dtype, as_ints(checked.output));
 }
 
 Product lower_linear_input_grad(
-    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
-  const Sizes sizes(check_linear_input_grad(grad_output, weight, input_sizes));
+  const Sizes sizes(check_linear_input_grad(grad_output, weight, input_sizes, out_dtype));
   auto dy = place_activation(grad_output, sizes, sizes.out_block);
   auto w = place_weight(weight, sizes);
   const auto dx = contiguous_activation(sizes, sizes.in_block);
-  return {
-      .problem =
-          {.gemm = describe_product(dy.blocks, w.blocks, dx, sizes.num_blocks),
-           .dtype = dtype_of(weight),
-           .epilogue = {}},
-      .a = std::move(w.tensor),
-      .b = std::move(dy.tensor),
-      .bias = {},
-      .result_sizes = as_ints(input_sizes),
-  };
+  const auto gemm = describe_product(dy.blocks, w.blocks, dx, sizes.num_blocks);
+  return describe(gemm, std::move(w), std::move(dy), /*bias=*/{}, out_dtype, as_ints(input_sizes));
 }
 
 Product lower_linear_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
-  const Sizes sizes(check_linear_weight_grad(grad_output, input, weight_sizes));
+  const Sizes sizes(check_linear_weight_grad(grad_output, input, weight_sizes, out_dtype));
   auto dy = place_activation(grad_output, sizes, sizes.out_block);
   auto x = place_activation(input, sizes, sizes.in_block);
   const auto dw = contiguous_weight(sizes);
-  return {
-      .problem =
-          {.gemm = describe_product(dy.blocks.transposed(), x.blocks, dw, sizes.num_blocks),
-           .dtype = dtype_of(input),
-           .epilogue = {}},
-      .a = std::move(x.tensor),
-      .b = std::move(dy.tensor),
-      .bias = {},
-      .result_sizes = as_ints(weight_sizes),
-  };
+  const auto gemm = describe_product(dy.blocks.transposed(), x.blocks, dw, sizes.num_blocks);
+  return describe(gemm, std::move(x), std::move(dy), /*bias=*/{}, out_dtype, as_ints(weight_sizes));
 }
 
-at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stacked, c10::SymIntArrayRef weight_sizes) {
+} // namespace
+
+// ---- Computation ----------------------------------------------------------------------------------------------------
+
+namespace {
+
+/// Computes the product that `lower(cast, out_dtype)` describes, where `cast` is to be applied to each tensor: it casts
+/// to the half type if no provider takes the tensors as they are.
+template <typename Lower>
+at::Tensor compute_or_cast(const Lower& lower, std::optional<at::ScalarType> out_dtype, const Providers& backend) {
+  const auto product = lower([](const at::Tensor& tensor) -> const at::Tensor& { return tensor; }, out_dtype);
+  if (takes(backend, product)) {
+    return compute(product, backend);
+  }
+  const auto half = scalar_type_of(product.problem.dtype);
+  const auto cast = [&](const at::Tensor& tensor) { return tensor.to(half); };
+  return compute(lower(cast, std::nullopt), backend).to(*out_dtype);
+}
+
+} // namespace
+
+at::Tensor compute_linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> out_dtype, const Providers& backend
+) {
+  const auto lower = [&](const auto& cast, auto dtype) {
+    return lower_linear(cast(input), cast(weight), bias ? std::optional(cast(*bias)) : std::nullopt, dtype);
+  };
+  return compute_or_cast(lower, out_dtype, backend);
+}
+
+at::Tensor compute_linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+    std::optional<at::ScalarType> out_dtype, const Providers& backend
+) {
+  const auto lower = [&](const auto& cast, auto dtype) {
+    return lower_linear_input_grad(cast(grad_output), cast(weight), input_sizes, dtype);
+  };
+  return compute_or_cast(lower, out_dtype, backend);
+}
+
+at::Tensor compute_linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype, const Providers& backend
+) {
+  const auto lower = [&](const auto& cast, auto dtype) {
+    return lower_linear_weight_grad(cast(grad_output), cast(input), weight_sizes, dtype);
+  };
+  return compute_or_cast(lower, out_dtype, backend);
+}
+
+at::Tensor bias_grad(
+    const at::Tensor& grad_output, bool stacked, bool bias_stacked, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
+) {
   c10::SmallVector<int64_t, 5> leading;
   for (const auto dim : c10::irange(grad_output.dim() - (stacked ? 2 : 1))) {
     leading.push_back(dim);
   }
   // A copy if there is nothing to sum: a parameter's gradient must not alias the incoming gradient. A sum has the
   // layout of its argument, which may be transposed.
-  const auto sum =
-      leading.empty() ? grad_output.clone(at::MemoryFormat::Contiguous) : grad_output.sum(leading).contiguous();
+  const auto dtype = out_dtype.value_or(grad_output.scalar_type());
+  // torch casts before it sums: to a wider dtype first, to a narrower one last.
+  const auto sum_dtype = c10::promoteTypes(dtype, grad_output.scalar_type());
+  auto sum = !leading.empty()
+                 ? grad_output.sum(leading, /*keepdim=*/false, sum_dtype).contiguous().to(dtype)
+                 : grad_output.to(dtype, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
   if (stacked == bias_stacked) {
     return sum;
   }
@@ -267,23 +343,29 @@ at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stac
 }
 
 std::tuple<at::Tensor, at::Tensor> separate_weight_and_bias_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
-  auto weight_grad = linear_weight_grad(grad_output, input, weight_sizes);
+  auto weight_grad = linear_weight_grad(grad_output, input, weight_sizes, out_dtype);
   const bool stacked = is_stacked(input.sym_sizes(), weight_sizes);
-  return {std::move(weight_grad), bias_grad(grad_output, stacked, /*bias_stacked=*/true, weight_sizes)};
+  return {std::move(weight_grad), bias_grad(grad_output, stacked, /*bias_stacked=*/true, weight_sizes, out_dtype)};
 }
 
-std::tuple<at::Tensor, at::Tensor> compute_weight_bias_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes, const Providers& backend
+std::tuple<at::Tensor, at::Tensor> compute_linear_weight_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype, const Providers& backend
 ) {
-  const auto product = lower_linear_weight_grad(grad_output, input, weight_sizes);
+  auto product = lower_linear_weight_grad(grad_output, input, weight_sizes, out_dtype);
+  product.problem.epilogue.bias_grad = true;
   if (auto grads = compute_with_bias_grad(product, backend)) {
     return std::move(*grads);
   }
-  auto weight_grad = compute(product, backend);
+  product.problem.epilogue.bias_grad = false;
+  auto weight_grad = takes(backend, product)
+                         ? compute(product, backend)
+                         : compute_linear_weight_grad(grad_output, input, weight_sizes, out_dtype, backend);
   const bool stacked = is_stacked(input.sym_sizes(), weight_sizes);
-  auto sum = bias_grad(grad_output, stacked, /*bias_stacked=*/stacked, weight_sizes);
+  auto sum = bias_grad(grad_output, stacked, /*bias_stacked=*/stacked, weight_sizes, out_dtype);
   const auto& gemm = product.problem.gemm;
   sum.unsafeGetTensorImpl()->set_sizes_contiguous({gemm.batch, gemm.n}); // a view would be a call of the dispatcher
   return {std::move(weight_grad), std::move(sum)};

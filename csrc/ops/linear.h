@@ -30,38 +30,56 @@ inline bool is_stacked(c10::SymIntArrayRef input_sizes, c10::SymIntArrayRef weig
   return is_stacked(static_cast<int64_t>(input_sizes.size()), input_sizes.back(), weight_sizes);
 }
 
-LinearSizes check_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+LinearSizes check_linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> out_dtype
+);
 
 LinearSizes check_linear_input_grad(
-    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+    std::optional<at::ScalarType> out_dtype
 );
 
 /// Serves blockdiag::linear_weight_grad and blockdiag::linear_weight_bias_grad.
 LinearSizes check_linear_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
-);
-
-Product lower_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
-
-Product lower_linear_input_grad(
-    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes
-);
-
-Product lower_linear_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 );
 
 /// The gradient of the bias alone: grad_output summed over the batch, as (num_blocks, out_block) or as one row.
-at::Tensor bias_grad(const at::Tensor& grad_output, bool stacked, bool bias_stacked, c10::SymIntArrayRef weight_sizes);
+at::Tensor bias_grad(
+    const at::Tensor& grad_output, bool stacked, bool bias_stacked, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
+);
 
 /// linear_weight_grad through the dispatcher, and bias_grad as (num_blocks, out_block).
 std::tuple<at::Tensor, at::Tensor> separate_weight_and_bias_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 );
 
-/// linear_weight_bias_grad on a backend: fused if a provider has such a kernel.
-std::tuple<at::Tensor, at::Tensor> compute_weight_bias_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes, const Providers& backend
+// The ops on a backend. Where no provider takes float32 tensors beside half ones, they and the result are cast, as
+// torch.nn.functional.linear's are under autocast.
+
+at::Tensor compute_linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> out_dtype, const Providers& backend
+);
+
+at::Tensor compute_linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+    std::optional<at::ScalarType> out_dtype, const Providers& backend
+);
+
+at::Tensor compute_linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype, const Providers& backend
+);
+
+/// Fused if a provider has such a kernel.
+std::tuple<at::Tensor, at::Tensor> compute_linear_weight_bias_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype, const Providers& backend
 );
 
 } // namespace blockdiag

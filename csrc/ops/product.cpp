@@ -1,5 +1,7 @@
 #include "product.h"
 
+#include "scalar_type.h"
+
 #include <ATen/ops/empty.h>
 
 namespace blockdiag {
@@ -15,6 +17,13 @@ bool run(const Product& product, const Providers& backend, const at::Tensor& res
   );
 }
 
+at::TensorOptions result_options(const Product& product) {
+  const auto& problem = product.problem;
+  return product.a.options().dtype(problem.float32.c ? at::kFloat : scalar_type_of(problem.dtype));
+}
+
+bool is_empty(const Gemm& gemm) { return gemm.m == 0 || gemm.n == 0 || gemm.k == 0 || gemm.batch == 0; }
+
 } // namespace
 
 Placed place(const at::Tensor& tensor, const std::optional<Blocks>& blocks, const Blocks& contiguous) {
@@ -27,8 +36,12 @@ Placed place(const at::Tensor& tensor, const std::optional<Blocks>& blocks, cons
   return {tensor.contiguous(), contiguous};
 }
 
+bool takes(const Providers& backend, const Product& product) {
+  return !product.problem.float32.any() || is_empty(product.problem.gemm) || backend.take(product.problem);
+}
+
 at::Tensor compute(const Product& product, const Providers& backend) {
-  auto result = at::empty(product.result_sizes, product.a.options());
+  auto result = at::empty(product.result_sizes, result_options(product));
   if (result.numel() == 0) {
     return result;
   }
@@ -43,14 +56,16 @@ at::Tensor compute(const Product& product, const Providers& backend) {
   return result;
 }
 
-std::optional<std::pair<at::Tensor, at::Tensor>> compute_with_bias_grad(Product product, const Providers& backend) {
+std::optional<std::pair<at::Tensor, at::Tensor>> compute_with_bias_grad(
+    const Product& product, const Providers& backend
+) {
   const auto& gemm = product.problem.gemm;
-  product.problem.epilogue.bias_grad = true;
-  if (gemm.m == 0 || gemm.n == 0 || gemm.k == 0 || gemm.batch == 0 || !backend.take(product.problem)) {
+  if (is_empty(gemm) || !backend.take(product.problem)) {
     return std::nullopt;
   }
-  auto result = at::empty(product.result_sizes, product.a.options());
-  auto bias_grad = at::empty({gemm.batch, gemm.n}, product.a.options());
+  const auto options = result_options(product);
+  auto result = at::empty(product.result_sizes, options);
+  auto bias_grad = at::empty({gemm.batch, gemm.n}, options);
   if (!run(product, backend, result, bias_grad.mutable_data_ptr())) {
     return std::nullopt;
   }

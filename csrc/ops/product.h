@@ -30,10 +30,15 @@ struct Placed {
 /// `tensor` if BLAS can address its `blocks` (nothing if they have no constant strides), or else a contiguous copy.
 Placed place(const at::Tensor& tensor, const std::optional<Blocks>& blocks, const Blocks& contiguous);
 
-/// Allocates the result and computes it.
+/// Whether a provider takes the product as it is. Some take no problem with float32 matrices beside half ones.
+bool takes(const Providers& backend, const Product& product);
+
+/// Allocates the result and computes it. A provider has to take it.
 at::Tensor compute(const Product& product, const Providers& backend);
 
-/// The same for a weight's gradient, fused with the gradient of the bias, (batch, n). Nothing if no provider can.
-std::optional<std::pair<at::Tensor, at::Tensor>> compute_with_bias_grad(Product product, const Providers& backend);
+/// The same for a product whose epilogue is the bias's gradient, (batch, n). Nothing if no provider can.
+std::optional<std::pair<at::Tensor, at::Tensor>> compute_with_bias_grad(
+    const Product& product, const Providers& backend
+);
 
 } // namespace blockdiag

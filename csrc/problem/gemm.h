@@ -37,11 +37,20 @@ struct Gemm {
   Operand a, b, c;
 };
 
-/// A GEMM of one dtype with its epilogue. No size is 0.
+/// The matrices of a problem of a half type that are float32 all the same: a backend converts them as it reads and
+/// writes them.
+struct Float32 {
+  bool a = false, b = false, c = false, bias = false; // the bias's gradient is as c
+
+  bool any() const { return a || b || c || bias; }
+};
+
+/// A GEMM with its epilogue, computed in one dtype. No size is 0.
 struct GemmProblem {
   Gemm gemm;
   DType dtype;
   Epilogue epilogue;
+  Float32 float32 = {};
 };
 
 /// The addresses of a problem's matrices. C aliases neither A nor B. What the epilogue does not use is null.

@@ -12,16 +12,18 @@ from blockdiag import BlockDiagLinear
 
 
 class Net(nn.Module):
-    """Both layouts, with and without bias, in two dtypes."""
+    """Both layouts, with and without bias, in two dtypes, and both dtypes at once under autocast."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = BlockDiagLinear(12, 32, 4)
         self.second = BlockDiagLinear(32, 20, 4, bias=False, dtype=torch.bfloat16)
+        self.third = BlockDiagLinear(20, 8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.first(x).relu().unflatten(-1, (4, 8))
-        return self.second(hidden.bfloat16()).float().sin()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.third(self.second(hidden)).float().sin()
 
 
 def main(program: str) -> None:

@@ -8,7 +8,7 @@
 
 namespace blockdiag::cpu {
 
-constinit const Kernels avx2_kernels = {run<float>, run<c10::BFloat16>, run<c10::Half>};
+Kernel avx2_kernel(const GemmProblem& problem) { return find_kernel(problem); }
 
 } // namespace blockdiag::cpu
 #endif

@@ -9,7 +9,9 @@
 
 namespace blockdiag::cpu {
 
-constinit const Kernels avx512_bf16_kernels = {nullptr, run<c10::BFloat16>, nullptr};
+Kernel avx512_bf16_kernel(const GemmProblem& problem) {
+  return problem.dtype == DType::kBFloat16 ? find_kernel<BFloat16Pairs, c10::BFloat16>(problem.float32) : nullptr;
+}
 
 } // namespace blockdiag::cpu
 #endif

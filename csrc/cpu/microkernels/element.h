@@ -1,7 +1,4 @@
-// Element types of the microkernels: packing and multiply-add.
-//
-// The innermost loop works on packed elements of 32 bits: one float or, on CPUs that multiply and add pairs, two
-// bfloat16 that are neighbors along the depth.
+// What the innermost loop multiplies: packed elements of 32 bits, how they are packed, and multiply-add.
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -9,19 +6,40 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// float32 arithmetic: half types are converted when they are packed.
-template <typename T>
-struct Element {
-  static constexpr int kDepth = 1;                               // elements of T per packed element
-  static constexpr bool kReadInPlace = std::is_same_v<T, float>; // without packing
+/// One float. Half types are converted when they are packed.
+struct Floats {
+  static constexpr int kDepth = 1; // elements per packed element
+
+  /// Whether elements of T need no packing.
+  template <typename T>
+  static constexpr bool kReadInPlace = std::is_same_v<T, float>;
 
   /// Packs neighbors along the depth: kLanes packed elements from `count` of T, padded with zeros.
-  static Vector pack_along_depth(const T* data, int count) { return load_partial(data, count); }
+  template <typename T>
+  static Vector pack_along_depth(const T* data, int count) {
+    return load_partial(data, count);
+  }
   /// Packs `count` columns of `depth` <= kDepth rows.
+  template <typename T>
   static Vector pack_across_depth(const T* data, int64_t /*ld*/, int /*depth*/, int count) {
     return load_partial(data, count);
   }
   static Vector plus_product(Vector sum, Vector a, Vector b) { return sum.plus_product(a, b); }
+};
+
+/// A bias, or none, in float32 or in a problem's half type.
+template <typename Half>
+struct Bias {
+  const float* single;
+  const Half* half;
+
+  explicit operator bool() const { return single != nullptr || half != nullptr; }
+  Bias operator+(int64_t offset) const {
+    return {single == nullptr ? nullptr : single + offset, half == nullptr ? nullptr : half + offset};
+  }
+  Vector load(int64_t j, int count) const {
+    return single != nullptr ? load_partial(single + j, count) : load_partial(half + j, count);
+  }
 };
 
 } // namespace

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "pack.h"
+#include "sums.h"
 
 namespace blockdiag::cpu {
 namespace {
@@ -34,7 +35,7 @@ inline Vector broadcast_packed(const char* data) {
   return Vector::broadcast(packed);
 }
 
-template <typename T, typename Out, int kRows, int kVectors, bool kLeftTransposed>
+template <typename Packed, typename Out, int kRows, int kVectors, bool kLeftTransposed>
 void gemm_strip(const Strip<Out>& strip) {
   Vector sums[kRows][kVectors];
   const auto lanes = [&](int v) { return v + 1 < kVectors ? Vector::kLanes : strip.last_cols; };
@@ -60,7 +61,7 @@ void gemm_strip(const Strip<Out>& strip) {
       const auto factor = broadcast_packed(left + i * row_stride);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        sums[i][v] = Element<T>::plus_product(sums[i][v], factor, row[v]);
+        sums[i][v] = Packed::plus_product(sums[i][v], factor, row[v]);
       }
     }
     left += depth_stride;
@@ -80,16 +81,16 @@ void gemm_strip(const Strip<Out>& strip) {
 }
 
 /// gemm_strip for each number of rows, from 1.
-template <typename T, typename Out, int kVectors, bool kLeftTransposed, int... kRow>
+template <typename Packed, typename Out, int kVectors, bool kLeftTransposed, int... kRow>
 constexpr auto strip_functions(std::integer_sequence<int, kRow...> /*rows*/) {
-  return std::array{&gemm_strip<T, Out, kRow + 1, kVectors, kLeftTransposed>...};
+  return std::array{&gemm_strip<Packed, Out, kRow + 1, kVectors, kLeftTransposed>...};
 }
 
 /// Computes `rows` rows of a panel, split evenly into as few strips as possible.
-template <typename T, typename Out, int kVectors, bool kLeftTransposed>
+template <typename Packed, typename Out, int kVectors, bool kLeftTransposed>
 void gemm_strips(Strip<Out> strip, int64_t rows) {
   static constexpr auto kFunctions =
-      strip_functions<T, Out, kVectors, kLeftTransposed>(std::make_integer_sequence<int, kStripRows>());
+      strip_functions<Packed, Out, kVectors, kLeftTransposed>(std::make_integer_sequence<int, kStripRows>());
   for (int64_t strips = (rows + kStripRows - 1) / kStripRows; strips > 0; --strips) {
     const int64_t count = (rows + strips - 1) / strips;
     kFunctions[static_cast<size_t>(count - 1)](strip);
@@ -100,25 +101,28 @@ void gemm_strips(Strip<Out> strip, int64_t rows) {
   }
 }
 
-template <typename T, typename Out>
+template <typename Packed, typename Out>
 void gemm_panel(const Strip<Out>& strip, int64_t rows, int64_t cols, bool left_transposed) {
   if (cols <= Vector::kLanes) {
-    left_transposed ? gemm_strips<T, Out, 1, true>(strip, rows) : gemm_strips<T, Out, 1, false>(strip, rows);
+    left_transposed ? gemm_strips<Packed, Out, 1, true>(strip, rows) : gemm_strips<Packed, Out, 1, false>(strip, rows);
   } else {
-    left_transposed ? gemm_strips<T, Out, 2, true>(strip, rows) : gemm_strips<T, Out, 2, false>(strip, rows);
+    left_transposed ? gemm_strips<Packed, Out, 2, true>(strip, rows) : gemm_strips<Packed, Out, 2, false>(strip, rows);
   }
 }
 
-/// One tile of one block: left (b) is rows x depth, right (a) is depth x cols.
-template <typename T>
-void gemm_tile(const Gemm& gemm, const T* left, const T* right, const T* bias, T* out, int64_t rows, int64_t cols) {
-  constexpr int kDepth = Element<T>::kDepth;
-  constexpr bool kHalf = !std::is_same_v<T, float>;
+/// One tile of one block: left (b) is rows x depth, right (a) is depth x cols. Adds left's rows up into `row_sums`,
+/// unless that is null.
+template <typename Packed, typename Half, typename Left, typename Right, typename Out>
+void gemm_tile(
+    const Gemm& gemm, const Left* left, const Right* right, const Bias<Half>& bias, Out* out, int64_t rows,
+    int64_t cols, float* row_sums
+) {
+  constexpr int kDepth = Packed::kDepth;
   // A transposed left operand is read across its rows: packing pays off if that happens often.
   const bool in_place =
-      Element<T>::kReadInPlace && (gemm.b.transpose ? kDepth == 1 && gemm.m < kTile : gemm.k % kDepth == 0);
+      Packed::template kReadInPlace<Left> && (gemm.b.transpose ? kDepth == 1 && gemm.m < kTile : gemm.k % kDepth == 0);
   // Partial sums between panels along the depth are float32, which a half type cannot hold.
-  const bool sum_apart = kHalf && gemm.k > kPanelDepth * kDepth;
+  const bool sum_apart = !std::is_same_v<Out, float> && gemm.k > kPanelDepth * kDepth;
 
   alignas(64) float panel[kPanelDepth * kPanelCols];
   alignas(64) float bias_panel[kPanelCols];
@@ -133,19 +137,22 @@ void gemm_tile(const Gemm& gemm, const T* left, const T* right, const T* bias, T
 
   for (int64_t p0 = 0; p0 < gemm.k; p0 += kPanelDepth * kDepth) {
     const int64_t depth = std::min(kPanelDepth * kDepth, gemm.k - p0);
-    const T* const left_part = left + (gemm.b.transpose ? p0 * gemm.b.ld : p0);
+    const Left* const left_part = left + (gemm.b.transpose ? p0 * gemm.b.ld : p0);
     const auto* left_data = reinterpret_cast<const char*>(left_part);
-    int64_t left_stride = gemm.b.ld * static_cast<int64_t>(sizeof(T));
+    int64_t left_stride = gemm.b.ld * static_cast<int64_t>(sizeof(Left));
     if (!in_place) {
-      left_stride = pack_left(left_part, gemm.b.ld, gemm.b.transpose, rows, depth, packed_left) * sizeof(float);
+      left_stride = pack_left<Packed>(left_part, gemm.b.ld, gemm.b.transpose, rows, depth, packed_left) * sizeof(float);
       left_data = reinterpret_cast<const char*>(packed_left);
+    }
+    if (row_sums != nullptr) {
+      add_over_depth(left_part, gemm.b.ld, rows, depth, row_sums);
     }
     for (int64_t j = 0; j < cols; j += kPanelCols) {
       const int64_t width = std::min<int64_t>(cols - j, kPanelCols);
-      const T* const right_part = right + (gemm.a.transpose ? j * gemm.a.ld + p0 : p0 * gemm.a.ld + j);
+      const Right* const right_part = right + (gemm.a.transpose ? j * gemm.a.ld + p0 : p0 * gemm.a.ld + j);
       const float* right_data = panel;
       int64_t right_ld = kPanelCols;
-      if constexpr (!kHalf) {
+      if constexpr (kDepth == 1 && Packed::template kReadInPlace<Right>) {
         // In place if vectors are full, and the operand is read only a few times or its rows are close together.
         if (!gemm.a.transpose && width % Vector::kLanes == 0 && (rows <= kInPlaceRows || gemm.a.ld <= kInPlaceLd)) {
           right_data = right_part;
@@ -153,24 +160,24 @@ void gemm_tile(const Gemm& gemm, const T* left, const T* right, const T* bias, T
         }
       }
       if (right_data == panel) {
-        pack_right(right_part, gemm.a.ld, gemm.a.transpose, depth, width, panel);
+        pack_right<Packed>(right_part, gemm.a.ld, gemm.a.transpose, depth, width, panel);
       }
-      const auto compute = [&]<typename Out>(Out* to, int64_t to_ld) {
+      const auto compute = [&]<typename To>(To* to, int64_t to_ld) {
         const float* added = nullptr;
         int64_t added_ld = 0;
         if (p0 > 0) {
-          if constexpr (std::is_same_v<Out, float>) {
+          if constexpr (std::is_same_v<To, float>) {
             added = to;
             added_ld = to_ld;
           }
-        } else if (bias != nullptr) {
+        } else if (bias) {
           for (int64_t col = 0; col < width; col += Vector::kLanes) {
             const auto count = static_cast<int>(std::min<int64_t>(width - col, Vector::kLanes));
-            Vector::store(load_partial(bias + j + col, count), bias_panel + col);
+            Vector::store(bias.load(j + col, count), bias_panel + col);
           }
           added = bias_panel;
         }
-        const Strip<Out> strip{
+        const Strip<To> strip{
             .left = left_data,
             .left_row_stride = gemm.b.transpose ? static_cast<int64_t>(sizeof(float)) : left_stride,
             .left_depth_stride = gemm.b.transpose ? left_stride : static_cast<int64_t>(sizeof(float)),
@@ -183,7 +190,7 @@ void gemm_tile(const Gemm& gemm, const T* left, const T* right, const T* bias, T
             .out_ld = to_ld,
             .last_cols = static_cast<int>(width > Vector::kLanes ? width - Vector::kLanes : width),
         };
-        gemm_panel<T>(strip, rows, width, gemm.b.transpose);
+        gemm_panel<Packed>(strip, rows, width, gemm.b.transpose);
       };
       if (sum_apart) {
         compute(sums + j, cols);

@@ -2,35 +2,35 @@
 // or written row by row.
 #pragma once
 
-#include "cpu/simd/vector.h"
+#include "element.h"
 #include "thresholds.h"
 
 namespace blockdiag::cpu {
 namespace {
 
 /// A part of the result with few rows: out(i, j) = bias(j) + sum over p < depth of left(i, p) * right(p, j).
-template <typename T>
+template <typename Half, typename Left, typename Right, typename Out>
 struct FewRows {
-  const T* left; // (i, p) at i * left_row_stride + p * left_depth_stride
+  const Left* left; // (i, p) at i * left_row_stride + p * left_depth_stride
   int64_t left_row_stride;
   int64_t left_depth_stride;
-  const T* right; // rows are right_ld apart
+  const Right* right; // rows are right_ld apart
   int64_t right_ld;
-  const T* bias; // none if null
-  T* out;        // (i, j) at i * out_ld + j
+  Bias<Half> bias;
+  Out* out; // (i, j) at i * out_ld + j
   int64_t out_ld;
   int64_t rows, cols, depth;
 };
 
 /// For left_depth_stride 1 and a transposed right operand, (p, j) at p + j * right_ld. Each sum runs along a vector.
-template <bool kShortRows, typename T>
-void gemv_transposed(const FewRows<T>& part) {
+template <bool kShortRows, typename Half, typename Left, typename Right, typename Out>
+void gemv_transposed(const FewRows<Half, Left, Right, Out>& part) {
   constexpr int kLanes = Vector::kLanes;
   // Too many rows are open at once for the hardware prefetcher: short rows are prefetched some steps ahead.
   const int64_t ahead = kLanes * std::max<int64_t>(kPrefetchDistance / part.depth, 1) * part.right_ld;
   for (int64_t j = 0; j < part.cols; j += kLanes) {
     const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, kLanes));
-    const T* starts[kLanes]; // of the right operand's rows; the last one repeats
+    const Right* starts[kLanes]; // of the right operand's rows; the last one repeats
     for (int r = 0; r < kLanes; ++r) {
       starts[r] = part.right + (j + std::min(r, count - 1)) * part.right_ld;
     }
@@ -58,8 +58,8 @@ void gemv_transposed(const FewRows<T>& part) {
         add(p, static_cast<int>(part.depth - p));
       }
       Vector total = sum_each(sums);
-      if (part.bias != nullptr) {
-        total = total + load_partial(part.bias + j, count);
+      if (part.bias) {
+        total = total + part.bias.load(j, count);
       }
       store_partial(total, part.out + i * part.out_ld + j, count);
     }
@@ -67,13 +67,13 @@ void gemv_transposed(const FewRows<T>& part) {
 }
 
 /// For a right operand that is not transposed, (p, j) at p * right_ld + j, and at most kLongRow columns.
-template <typename T>
-void gemv(const FewRows<T>& part) {
+template <typename Half, typename Left, typename Right, typename Out>
+void gemv(const FewRows<Half, Left, Right, Out>& part) {
   constexpr int kStreams = 8; // rows of the right operand read at once
   float sums[kLongRow];
   for (int64_t i = 0; i < part.rows; ++i) {
-    const T* const left = part.left + i * part.left_row_stride;
-    T* const out = part.out + i * part.out_ld;
+    const Left* const left = part.left + i * part.left_row_stride;
+    Out* const out = part.out + i * part.out_ld;
     for (int64_t p0 = 0; p0 < part.depth; p0 += kStreams) {
       const auto add = [&]<int kCount>(std::integral_constant<int, kCount> /*rows*/) {
         Vector factors[kCount];
@@ -81,12 +81,10 @@ void gemv(const FewRows<T>& part) {
         for (int p = 0; p < kCount; ++p) {
           factors[p] = Vector::broadcast(static_cast<float>(left[(p0 + p) * part.left_depth_stride]));
         }
-        const T* const first = part.right + p0 * part.right_ld;
+        const Right* const first = part.right + p0 * part.right_ld;
         for (int64_t j = 0; j < part.cols; j += Vector::kLanes) {
           const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, Vector::kLanes));
-          Vector sum = p0 > 0                 ? Vector::load(sums + j)
-                       : part.bias == nullptr ? Vector::zero()
-                                              : load_partial(part.bias + j, count);
+          Vector sum = p0 > 0 ? Vector::load(sums + j) : part.bias ? part.bias.load(j, count) : Vector::zero();
 #pragma GCC unroll 8
           for (int p = 0; p < kCount; ++p) {
             sum = sum.plus_product(factors[p], load_partial(first + p * part.right_ld + j, count));

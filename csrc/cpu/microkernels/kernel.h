@@ -57,51 +57,109 @@ struct Tiles {
 
 /// A Kernel. In row-major terms, C's columns are rows: left = B is n x k, right = A is k x m, and `transpose` means
 /// that an operand is stored the other way, k x n or m x k.
-template <typename T>
-void run(const Gemm& gemm, const T* a, const T* b, T* c, const T* bias) {
+template <typename Packed, typename Half, typename Left, typename Right, typename Out>
+void run(const GemmProblem& problem, const Operands& operands) {
+  const auto& gemm = problem.gemm;
+  const bool half_bias = problem.epilogue.bias && !std::is_same_v<Half, float> && !problem.float32.bias;
+  const Bias<Half> bias{
+      .single = half_bias ? nullptr : static_cast<const float*>(operands.bias),
+      .half = half_bias ? static_cast<const Half*>(operands.bias) : nullptr,
+  };
   const auto left_at = [&](int64_t block, int64_t i) {
-    return b + block * gemm.b.stride + i * (gemm.b.transpose ? 1 : gemm.b.ld);
+    return static_cast<const Left*>(operands.b) + block * gemm.b.stride + i * (gemm.b.transpose ? 1 : gemm.b.ld);
   };
   const auto right_at = [&](int64_t block, int64_t j) {
-    return a + block * gemm.a.stride + j * (gemm.a.transpose ? gemm.a.ld : 1);
+    return static_cast<const Right*>(operands.a) + block * gemm.a.stride + j * (gemm.a.transpose ? gemm.a.ld : 1);
   };
-  const auto bias_at = [&](int64_t block, int64_t j) { return bias == nullptr ? nullptr : bias + block * gemm.m + j; };
+  const auto bias_at = [&](int64_t block, int64_t j) { return bias + (block * gemm.m + j); };
   const auto out_at = [&](int64_t block, int64_t i, int64_t j) {
-    return c + block * gemm.c.stride + i * gemm.c.ld + j;
+    return static_cast<Out*>(operands.c) + block * gemm.c.stride + i * gemm.c.ld + j;
   };
-  const auto few_rows_at = [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-    return FewRows<T>{
-        .left = left_at(block, i),
-        .left_row_stride = gemm.b.transpose ? 1 : gemm.b.ld,
-        .left_depth_stride = gemm.b.transpose ? gemm.b.ld : 1,
-        .right = right_at(block, j),
-        .right_ld = gemm.a.ld,
-        .bias = bias_at(block, j),
-        .out = out_at(block, i, j),
-        .out_ld = gemm.c.ld,
-        .rows = rows,
-        .cols = cols,
-        .depth = gemm.k,
-    };
+  /// Calls compute(row_sums) for a tile, and stores the sums of the left operand's rows if they are wanted.
+  const auto with_row_sums = [&](int64_t block, int64_t i, int64_t rows, int64_t j, const auto& compute) {
+    if (!problem.epilogue.bias_grad || j > 0) {
+      compute(static_cast<float*>(nullptr));
+      return;
+    }
+    alignas(64) float sums[kTile] = {};
+    compute(sums);
+    Out* const to = static_cast<Out*>(operands.bias_grad) + block * gemm.n + i;
+    for (int64_t row = 0; row < rows; row += Vector::kLanes) {
+      const auto count = static_cast<int>(std::min<int64_t>(rows - row, Vector::kLanes));
+      store_partial(load_partial(sums + row, count), to + row, count);
+    }
+  };
+  const auto with_few_rows = [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols, const auto& compute) {
+    with_row_sums(block, i, rows, j, [&](float* row_sums) {
+      const FewRows<Half, Left, Right, Out> part{
+          .left = left_at(block, i),
+          .left_row_stride = gemm.b.transpose ? 1 : gemm.b.ld,
+          .left_depth_stride = gemm.b.transpose ? gemm.b.ld : 1,
+          .right = right_at(block, j),
+          .right_ld = gemm.a.ld,
+          .bias = bias_at(block, j),
+          .out = out_at(block, i, j),
+          .out_ld = gemm.c.ld,
+          .rows = rows,
+          .cols = cols,
+          .depth = gemm.k,
+      };
+      compute(part);
+      if (row_sums != nullptr) {
+        add_over_depth(part.left, gemm.b.ld, rows, gemm.k, row_sums);
+      }
+    });
   };
   const bool few_rows = gemm.n <= kFewRows;
   const int64_t min_products = few_rows ? kThreadProductsFewRows : kThreadProducts;
   if (few_rows && gemm.a.transpose && !gemm.b.transpose) {
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-          const auto part = few_rows_at(block, i, rows, j, cols);
-          gemm.k <= kTile ? gemv_transposed<true>(part) : gemv_transposed<false>(part);
+          with_few_rows(block, i, rows, j, cols, [&](const auto& part) {
+            gemm.k <= kTile ? gemv_transposed<true>(part) : gemv_transposed<false>(part);
+          });
         });
   } else if (!gemm.a.transpose && (few_rows || (gemm.k <= kShallow && gemm.m >= kWide))) {
     Tiles(gemm, kTile, kLongRow)
         .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-          gemv(few_rows_at(block, i, rows, j, cols));
+          with_few_rows(block, i, rows, j, cols, [](const auto& part) { gemv(part); });
         });
   } else {
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-          gemm_tile(gemm, left_at(block, i), right_at(block, j), bias_at(block, j), out_at(block, i, j), rows, cols);
+          with_row_sums(block, i, rows, j, [&](float* row_sums) {
+            gemm_tile<Packed>(
+                gemm, left_at(block, i), right_at(block, j), bias_at(block, j), out_at(block, i, j), rows, cols,
+                row_sums
+            );
+          });
         });
+  }
+}
+
+/// The kernel for a problem of a half type, in which matrices may be float32.
+template <typename Packed, typename Half>
+Kernel find_kernel(const Float32& float32) {
+  const auto& [right, left, out, bias] = float32;
+  if (out) {
+    return left ? (right ? nullptr : run<Packed, Half, float, Half, float>)
+                : (right ? run<Packed, Half, Half, float, float> : run<Packed, Half, Half, Half, float>);
+  }
+  return left ? (right ? run<Packed, Half, float, float, Half> : run<Packed, Half, float, Half, Half>)
+              : (right ? run<Packed, Half, Half, float, Half> : run<Packed, Half, Half, Half, Half>);
+}
+
+/// The kernel in float32 arithmetic.
+inline Kernel find_kernel(const GemmProblem& problem) {
+  switch (problem.dtype) {
+    case DType::kFloat32:
+      return run<Floats, float, float, float, float>;
+    case DType::kBFloat16:
+      return find_kernel<Floats, c10::BFloat16>(problem.float32);
+    case DType::kFloat16:
+      return find_kernel<Floats, c10::Half>(problem.float32);
+    default:
+      return nullptr;
   }
 }
 

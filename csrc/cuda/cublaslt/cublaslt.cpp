@@ -61,7 +61,7 @@ bool tf32_is_allowed() {
 std::atomic<int64_t> calls{0}, left_to_cublas{0};
 
 LtProblem describe(const GemmProblem& problem, const Operands& operands) {
-  const auto& [gemm, dtype, epilogue] = problem;
+  const auto& [gemm, dtype, epilogue, float32] = problem;
   const auto aligned = [&](const void* pointer, int64_t stride) {
     return alignment(reinterpret_cast<uintptr_t>(pointer), stride * size_of(dtype), gemm.batch);
   };
@@ -124,12 +124,12 @@ bool run(const LtProblem& problem, const Operands& operands) {
 } // namespace
 
 bool cublaslt_takes(const GemmProblem& problem) {
-  const auto& [gemm, dtype, epilogue] = problem;
+  const auto& [gemm, dtype, epilogue, float32] = problem;
   constexpr int64_t kMaxBatch = 65535; // a grid dimension of batched kernels
   // cuBLASLt misreads a leading dimension beyond 2^31 bytes before CUDA 13.2 (CUB-9572), and a bias of a vector before
   // 12.8 Update 1 (5104822).
   const int64_t max_ld = kBlasMax / size_of(dtype);
-  if (!(is_half(dtype) || dtype == DType::kFloat32) || epilogue.accumulate || gemm.batch > kMaxBatch ||
+  if (!(is_half(dtype) || dtype == DType::kFloat32) || float32.any() || epilogue.accumulate || gemm.batch > kMaxBatch ||
       std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) > max_ld ||
       ((epilogue.bias || epilogue.bias_grad) && (gemm.m == 1 || gemm.n == 1))) {
     return false;

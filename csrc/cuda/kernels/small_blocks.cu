@@ -124,8 +124,8 @@ std::atomic<int64_t>& small_blocks_split_rows() {
 }
 
 bool small_blocks_take(const GemmProblem& problem) {
-  const auto& [gemm, dtype, epilogue] = problem;
-  if (!is_half(dtype) || epilogue.accumulate || gemm.batch > kMaxBatch || gemm.c.transpose ||
+  const auto& [gemm, dtype, epilogue, float32] = problem;
+  if (!is_half(dtype) || float32.any() || epilogue.accumulate || gemm.batch > kMaxBatch || gemm.c.transpose ||
       at::cuda::getCurrentDeviceProperties()->major < 8) {
     return false;
   }

@@ -6,24 +6,32 @@
 namespace blockdiag::cpu {
 namespace {
 
-at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  return compute(lower_linear(input, weight, bias), backend());
+at::Tensor linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> out_dtype
+) {
+  return compute_linear(input, weight, bias, out_dtype, backend());
 }
 
-at::Tensor linear_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes) {
-  return compute(lower_linear_input_grad(grad_output, weight, input_sizes), backend());
+at::Tensor linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+    std::optional<at::ScalarType> out_dtype
+) {
+  return compute_linear_input_grad(grad_output, weight, input_sizes, out_dtype, backend());
 }
 
 at::Tensor linear_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
-  return compute(lower_linear_weight_grad(grad_output, input, weight_sizes), backend());
+  return compute_linear_weight_grad(grad_output, input, weight_sizes, out_dtype, backend());
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
-  return compute_weight_bias_grad(grad_output, input, weight_sizes, backend());
+  return compute_linear_weight_bias_grad(grad_output, input, weight_sizes, out_dtype, backend());
 }
 
 } // namespace

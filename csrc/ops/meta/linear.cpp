@@ -7,27 +7,39 @@
 namespace blockdiag::meta {
 namespace {
 
-at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  return at::empty_symint(check_linear(input, weight, bias).output, input.options());
+at::TensorOptions options_of(const at::Tensor& argument, std::optional<at::ScalarType> out_dtype) {
+  return argument.options().dtype(out_dtype.value_or(argument.scalar_type()));
 }
 
-at::Tensor linear_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes) {
-  check_linear_input_grad(grad_output, weight, input_sizes);
-  return at::empty_symint(input_sizes, grad_output.options());
+at::Tensor linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> out_dtype
+) {
+  return at::empty_symint(check_linear(input, weight, bias, out_dtype).output, options_of(input, out_dtype));
+}
+
+at::Tensor linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
+    std::optional<at::ScalarType> out_dtype
+) {
+  check_linear_input_grad(grad_output, weight, input_sizes, out_dtype);
+  return at::empty_symint(input_sizes, options_of(grad_output, out_dtype));
 }
 
 at::Tensor linear_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
-  check_linear_weight_grad(grad_output, input, weight_sizes);
-  return at::empty_symint(weight_sizes, grad_output.options());
+  check_linear_weight_grad(grad_output, input, weight_sizes, out_dtype);
+  return at::empty_symint(weight_sizes, options_of(grad_output, out_dtype));
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
-    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes
+    const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
+    std::optional<at::ScalarType> out_dtype
 ) {
-  auto weight_grad = linear_weight_grad(grad_output, input, weight_sizes);
-  return {std::move(weight_grad), at::empty_symint(weight_sizes.slice(0, 2), grad_output.options())};
+  auto weight_grad = linear_weight_grad(grad_output, input, weight_sizes, out_dtype);
+  return {std::move(weight_grad), at::empty_symint(weight_sizes.slice(0, 2), options_of(grad_output, out_dtype))};
 }
 
 } // namespace

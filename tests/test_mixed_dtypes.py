@@ -1,0 +1,397 @@
+"""float32 tensors beside those of a half type: what autocast computes with, and what calls with an out_dtype take."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from test_memory import allocated, allowed_beside_results, result_bytes, warm_up
+from torch import nn
+from torch._dynamo import compiled_autograd
+from torch.library import opcheck
+from torch.nn import functional as F
+
+import blockdiag
+from blockdiag import BlockDiagLinear
+from reference import Problem, check, make, problem_id
+
+OPS = torch.ops.blockdiag
+HALVES = [torch.float16, torch.bfloat16]
+PROBLEMS = [
+    Problem((128,), 4, 64, 64),
+    Problem((7,), 3, 5, 11),
+    Problem((), 4, 6, 2),
+    Problem((2, 3, 4), 2, 9, 10),
+    Problem((2000,), 2, 3, 4),
+    Problem((9,), 2, 300, 270),  # larger than a tile
+    Problem((2,), 2, 520, 530),  # few rows of long blocks
+    Problem((3,), 1, 600, 513),  # a sum over three rows, in wide results
+    Problem((33,), 5, 17, 1),
+    Problem((33,), 5, 1, 17),
+    Problem((600,), 2, 40, 40),  # a long sum over the batch
+    Problem((0,), 3, 4, 5),
+    Problem((6,), 3, 0, 5),
+]
+
+
+def mixed(problem, dtypes, device, **options):
+    """Random tensors of these dtypes."""
+    tensors = make(problem, torch.float32, device, **options)
+    return tuple(
+        None if tensor is None else tensor.detach().to(dtype).requires_grad_()
+        for tensor, dtype in zip(tensors, dtypes, strict=True)
+    )
+
+
+def converts(device: str, half: torch.dtype) -> bool:
+    """Whether the kernels multiply float32 operands as they are: not if they multiply half types natively, or cast."""
+    kernels = {"avx2", "avx512"} | ({"avx512_bf16", "native_half"} if half == torch.float16 else set())
+    return device == "cpu" and blockdiag.build_info()["cpu_gemm"] in kernels
+
+
+def rounded_to(device: str, half: torch.dtype) -> torch.dtype | None:
+    return None if converts(device, half) else half
+
+
+def under_autocast(device: str, half: torch.dtype, *tensors):
+    with torch.autocast(device, dtype=half):
+        return blockdiag.linear(*tensors)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=problem_id)
+def test_values_and_gradients(problem, half, device):
+    """Every gradient has the dtype of its tensor, and is precise to that dtype."""
+    op, rounded = partial(under_autocast, device, half), rounded_to(device, half)
+    biases = itertools.cycle(("flat", "stacked", None))
+    for dtypes in itertools.product((torch.float32, half), repeat=3):
+        for stacked in (False, problem.in_block > 0):
+            tensors = mixed(problem, dtypes, device, stacked=stacked, bias=next(biases))
+            grad_output = torch.randn(problem.output_shape(stacked), dtype=half, device=device)
+            check(op, *tensors, grad_output=grad_output, dtype=half, rounded=rounded)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_strided_operands(half, device):
+    """Slices, transposed weights and expanded gradients."""
+    op = partial(under_autocast, device, half)
+    problem = Problem((12,), 3, 10, 7)
+    input, weight, bias = mixed(problem, (half, torch.float32, torch.float32), device)
+    wide = torch.cat([input.detach()] * 2, -1)[:, :30].requires_grad_()
+    transposed = weight.detach().mT.contiguous().mT.requires_grad_()
+    gradients = [
+        torch.randn(12, 42, dtype=half, device=device)[:, ::2],
+        torch.randn(21, 12, dtype=half, device=device).T,
+        torch.ones((), dtype=half, device=device).expand(12, 21),
+    ]
+    for x, w, grad_output in itertools.product((input, wide), (weight, transposed), gradients):
+        check(op, x, w, bias, grad_output=grad_output, dtype=half, rounded=rounded_to(device, half))
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_the_weights_gradient_is_closer_than_that_of_a_linear_layer(half, device):
+    if not converts(device, half):
+        pytest.skip("operands are cast here")
+    input, weight, bias = mixed(Problem((128,), 1, 256, 192), (half, torch.float32, torch.float32), device)
+    grad_output = torch.randn(128, 192, dtype=half, device=device)
+
+    def gradients(function, w, b):
+        with torch.autocast(device, dtype=half):
+            output = function(input, w, b)
+        return torch.autograd.grad(output, (w, b), grad_output)
+
+    ours = gradients(blockdiag.linear, weight, bias)
+    dense = gradients(F.linear, weight.detach()[0].requires_grad_(), bias)
+    exact = (grad_output.double().T @ input.detach().double(), grad_output.double().sum(0))
+    for of_ours, of_dense, expected in zip(ours, dense, exact, strict=True):
+        assert of_ours.dtype == torch.float32
+        error, error_of_dense = (
+            (grad.double().view_as(expected) - expected).abs().max() for grad in (of_ours, of_dense)
+        )
+        assert error < error_of_dense / 100
+
+
+def test_gradients_beyond_the_range_of_float16(device):
+    """A float32 weight's gradient overflows only where float32 does."""
+    if not converts(device, torch.float16):
+        pytest.skip("operands are cast here")
+    input, weight, bias = mixed(Problem((64,), 2, 8, 8), (torch.float16, torch.float32, torch.float32), device)
+    input = torch.full_like(input, 100)
+    output = under_autocast(device, torch.float16, input, weight, bias)
+    weight_grad, bias_grad = torch.autograd.grad(output, (weight, bias), torch.full_like(output, 2000))
+    assert (weight_grad == 64 * 100 * 2000).all()
+    assert (bias_grad == 64 * 2000).all()
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_nothing_of_the_tensors_sizes_is_allocated(half, device):
+    """Beside the results, forward and backward."""
+    if not converts(device, half):
+        pytest.skip("operands are cast here")
+    # The weight in a half type takes 8 MiB, and the input 2 MiB.
+    dtypes = (torch.float32, torch.float32, torch.float32)
+    tensors = mixed(Problem((128,), 16, 512, 512), dtypes, device)
+
+    def forward():
+        return under_autocast(device, half, *tensors)
+
+    peak, output = allocated(forward, device)
+    assert output.dtype == half
+    assert peak <= result_bytes(output) + allowed_beside_results(device)
+    grad_output = torch.randn_like(output)
+
+    def backward():
+        return torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+
+    peak, grads = allocated(backward, device)
+    assert peak <= result_bytes(*grads) + allowed_beside_results(device)
+
+
+def test_small_tensors_are_not_copied_either(device):
+    """warm_up and the limits of test_memory.py leave room for a tile's scratch memory; here there is no tile."""
+    if not converts(device, torch.float16):
+        pytest.skip("operands are cast here")
+    input, weight, _ = mixed(Problem((1,), 64, 512, 512), (torch.float16, torch.float32, torch.float32), device)
+    warm_up(lambda: under_autocast(device, torch.float16, input, weight), device)
+    with torch.no_grad():
+        peak, output = allocated(lambda: under_autocast(device, torch.float16, input, weight), device)
+    assert peak == result_bytes(output)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("out_dtype", ["half", "single"])
+def test_explicit_out_dtype(out_dtype, half, device):
+    """The ops take any mixture, and give what they are asked for, under autocast too."""
+    out_dtype = half if out_dtype == "half" else torch.float32
+    problem, rounded = Problem((6,), 2, 3, 4), rounded_to(device, half)
+    for dtypes in itertools.product((torch.float32, half), repeat=3):
+        tensors = mixed(problem, dtypes, device)
+        grad_output = torch.randn(6, 8, dtype=out_dtype, device=device)
+        for enabled in (False, True):
+            with torch.autocast(device, dtype=half, enabled=enabled):
+                op = partial(OPS.linear, out_dtype=out_dtype)
+                check(op, *tensors, grad_output=grad_output, dtype=out_dtype, rounded=rounded)
+        x, w, _ = (tensor.detach() for tensor in tensors)
+        y = torch.randn(6, 8, device=device).to(dtypes[2])
+        assert OPS.linear_input_grad(y, w, [6, 6], out_dtype=out_dtype).dtype == out_dtype
+        weight_grad = OPS.linear_weight_grad(y, x, [2, 4, 3], out_dtype=out_dtype)
+        assert weight_grad.dtype == out_dtype
+        both = OPS.linear_weight_bias_grad(y, x, [2, 4, 3], out_dtype=out_dtype)
+        assert torch.equal(both[0], weight_grad)
+        torch.testing.assert_close(both[1], y.double().sum(0).view(2, 4).to(out_dtype))
+
+
+def test_explicit_out_dtype_of_one_dtype(device):
+    """Any dtype that all tensors have."""
+    for dtype in (torch.float32, torch.float64, torch.complex64):
+        tensors = make(Problem((5,), 2, 3, 4), dtype, device)
+        grad_output = torch.randn(5, 8, dtype=dtype, device=device)
+        check(partial(OPS.linear, out_dtype=dtype), *tensors, grad_output=grad_output)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "out_dtype", "message"),
+    [
+        ("hfd", "h", "expected bias to be float32 or float16, as out_dtype is float16, but got float64"),
+        ("bff", "h", "expected input to be float32 or float16, as out_dtype is float16, but got bfloat16"),
+        (
+            "hbf",
+            "f",
+            "expected weight to be float32 or float16, as out_dtype is float32 and another tensor is of that half type",
+        ),
+        ("ddd", "f", "expected input to be float32, as out_dtype is float32, but got float64"),
+        ("fff", "d", "expected input to be float64, as out_dtype is float64, but got float32"),
+        (
+            "fff",
+            "i",
+            "expected out_dtype to be float16, bfloat16, float32, float64, complex64 or complex128, but got int",
+        ),
+        ("fhf", None, "expected weight to have input's dtype float32, but got float16"),
+    ],
+)
+def test_refused(dtypes, out_dtype, message, device):
+    by_letter = {"h": torch.float16, "b": torch.bfloat16, "f": torch.float32, "d": torch.float64, "i": torch.int32}
+    tensors = mixed(Problem((5,), 2, 3, 4), [by_letter[letter] for letter in dtypes], device)
+    for place in (device, "meta"):
+        with pytest.raises(RuntimeError, match=f"blockdiag::linear: {message}"):
+            OPS.linear(*(tensor.to(place) for tensor in tensors), out_dtype=by_letter.get(out_dtype))
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_second_derivatives(half, device):
+    """Of a function that is not linear in any tensor, against float64."""
+    dtypes = (half, torch.float32, torch.float32)
+    tensors = mixed(Problem((6,), 2, 3, 4), dtypes, device)
+    vectors = [torch.randn_like(tensor) for tensor in tensors]
+
+    def second(op, tensors, vectors):
+        loss = op(*tensors).double().pow(3).mean()
+        grads = torch.autograd.grad(loss, tensors, create_graph=True)
+        product = sum((grad.double() * vector).sum() for grad, vector in zip(grads, vectors, strict=True))
+        return torch.autograd.grad(product, tensors)
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = second(blockdiag.linear, exact, [vector.double() for vector in vectors])
+    for inside in (False, True):
+        with torch.autocast(device, dtype=half, enabled=inside):
+            actual = second(partial(under_autocast, device, half), tensors, vectors)
+        for got, want, dtype in zip(actual, expected, dtypes, strict=True):
+            assert got.dtype == dtype
+            assert (got.double() - want).norm() <= 16 * torch.finfo(half).eps * want.norm()
+
+
+def test_second_derivatives_of_a_float32_call_in_a_region(device):
+    """Backward passes compute in the dtypes of their forward pass, whatever autocast says."""
+    tensors = make(Problem((6,), 2, 3, 4), torch.float32, device)
+
+    def second(enabled):
+        output = blockdiag.linear(*tensors)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            (grad,) = torch.autograd.grad(output.pow(2).sum(), tensors[0], create_graph=True)
+            return torch.autograd.grad(grad.pow(2).sum(), tensors[:2])
+
+    torch.testing.assert_close(second(True), second(False), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_forward_mode(half, device):
+    tensors = [
+        tensor.detach() for tensor in mixed(Problem((6,), 2, 3, 4), (half, torch.float32, torch.float32), device)
+    ]
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+    output, tangent = torch.func.jvp(partial(under_autocast, device, half), tuple(tensors), tuple(tangents))
+    assert output.dtype == tangent.dtype == half
+    exact = torch.func.jvp(
+        blockdiag.linear, tuple(t.double() for t in tensors), tuple(tangent.double() for tangent in tangents)
+    )
+    for got, want in zip((output, tangent), exact, strict=True):
+        assert (got.double() - want).norm() <= 4 * torch.finfo(half).eps * want.norm()
+
+
+@pytest.mark.parametrize(
+    "in_dims", [d for d in itertools.product((None, 0), repeat=3) if any(x == 0 for x in d)], ids=str
+)
+def test_vmap(in_dims, device):
+    """Over any of the tensors: the results of a loop, with the same dtypes, forward and backward."""
+    half, count = torch.bfloat16, 3
+    base = mixed(Problem((6,), 2, 3, 4), (half, torch.float32, torch.float32), device)
+    tensors = [
+        tensor.detach() if dim is None else torch.stack([torch.randn_like(tensor) for _ in range(count)])
+        for tensor, dim in zip(base, in_dims, strict=True)
+    ]
+
+    def loss(*arguments):
+        output = under_autocast(device, half, *arguments)
+        return output.float().pow(2).sum(), output
+
+    function = torch.func.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    grads, outputs = torch.vmap(function, in_dims=in_dims)(*tensors)
+    for index in range(count):
+        sample = [t if dim is None else t[index] for t, dim in zip(tensors, in_dims, strict=True)]
+        expected_grads, expected = function(*sample)
+        # Where the bias alone is mapped, it is added to a rounded product.
+        torch.testing.assert_close(outputs[index], expected, rtol=2e-2, atol=2e-2)
+        for got, want in zip(grads, expected_grads, strict=True):
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got[index], want, rtol=5e-2, atol=5e-1)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("out_dtype", ["half", "single"])
+def test_opcheck(out_dtype, half, device):
+    out_dtype = half if out_dtype == "half" else torch.float32
+    input, weight, bias = mixed(Problem((4,), 3, 2, 5), (half, torch.float32, torch.float32), device)
+    options = {"out_dtype": out_dtype}
+    opcheck(OPS.linear.default, (input, weight, bias), options)
+    grad_output = torch.randn(4, 15, device=device).to(out_dtype).requires_grad_()
+    opcheck(OPS.linear_input_grad.default, (grad_output, weight, list(input.shape)), options)
+    opcheck(OPS.linear_weight_grad.default, (grad_output, input, list(weight.shape)), options)
+    opcheck(OPS.linear_weight_bias_grad.default, (grad_output, input, list(weight.shape)), options)
+
+
+class Net(nn.Module):
+    """Layers under autocast, whose input and parameters are float32."""
+
+    def __init__(self, device, half):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [BlockDiagLinear(12, 32, 4, device=device), BlockDiagLinear(32, 8, 4, device=device)]
+        )
+        self.half = half
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, dtype=self.half):
+            for layer in self.layers:
+                x = layer(x).relu()
+        return x.float()
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("compile_backward", [False, True], ids=["eager_backward", "compiled_autograd"])
+def test_compile(compile_backward, half, device):
+    net, x = Net(device, half), torch.randn(5, 12, device=device)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True)
+
+    def gradients(model, backward):
+        loss = model(x).pow(2).mean()
+        if backward:
+            with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+                loss.backward()
+        else:
+            loss.backward()
+        grads = [parameter.grad for parameter in net.parameters()]
+        net.zero_grad()
+        return grads
+
+    expected = gradients(net, False)
+    actual = gradients(compiled, compile_backward)
+    for got, want in zip(actual, expected, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=0, atol=4 * torch.finfo(half).eps * want.abs().max().item())
+
+
+def test_traced_graphs_have_no_casts(device):
+    """On a CPU; where there is a cast, it is of the activation between the layers."""
+    if device != "cpu":
+        pytest.skip("casts are autocast's there")
+    net = Net(device, torch.bfloat16)
+    program = torch.export.export(net, (torch.randn(5, 12),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = program.run_decompositions({})
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert names.count("blockdiag.linear.default") == 2
+    assert sum("to_copy" in name or "to.dtype" in name for name in names) <= 1  # of the result
+    for batch in (1, 7):
+        x = torch.randn(batch, 12)
+        torch.testing.assert_close(program.module()(x), net(x))
+
+
+def test_onnx(device):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    for half in HALVES:
+        net, x = Net("cpu", half).eval(), torch.randn(5, 12)
+        dynamic = ({0: torch.export.Dim("batch")},)
+        program = torch.onnx.export(net, (x,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+        if half == torch.bfloat16:
+            continue  # onnxruntime's CPU provider has no ReLU for it
+        session = onnxruntime.InferenceSession(
+            program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        for batch in (1, 7):
+            x = torch.randn(batch, 12)
+            (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+            torch.testing.assert_close(torch.from_numpy(actual), net(x).detach(), rtol=1e-2, atol=1e-2)
+
+
+def test_equal_bits_for_any_number_of_threads(device):
+    if device != "cpu":
+        pytest.skip("threads of a CPU")
+    tensors = mixed(Problem((600,), 3, 130, 70), (torch.bfloat16, torch.float32, torch.float32), device)
+    grad_output = torch.randn(600, 210, dtype=torch.bfloat16)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        output = under_autocast(device, torch.bfloat16, *tensors)
+        results.append([output, *torch.autograd.grad(output, tensors, grad_output)])
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
