@@ -27,18 +27,20 @@ struct Floats {
   static Vector plus_product(Vector sum, Vector a, Vector b) { return sum.plus_product(a, b); }
 };
 
-/// A bias, or none, in float32 or in a problem's half type.
+/// Elements that are float32 or of a problem's half type, or none: where they are read so seldom that code for each type
+/// is not worth compiling.
 template <typename Half>
-struct Bias {
+struct Elements {
   const float* single;
   const Half* half;
 
   explicit operator bool() const { return single != nullptr || half != nullptr; }
-  Bias operator+(int64_t offset) const {
+  Elements operator+(int64_t offset) const {
     return {single == nullptr ? nullptr : single + offset, half == nullptr ? nullptr : half + offset};
   }
-  Vector load(int64_t j, int count) const {
-    return single != nullptr ? load_partial(single + j, count) : load_partial(half + j, count);
+  float operator[](int64_t i) const { return single != nullptr ? single[i] : static_cast<float>(half[i]); }
+  Vector load(int64_t i, int count) const {
+    return single != nullptr ? load_partial(single + i, count) : load_partial(half + i, count);
   }
 };
 

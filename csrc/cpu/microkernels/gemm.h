@@ -114,7 +114,7 @@ void gemm_panel(const Strip<Out>& strip, int64_t rows, int64_t cols, bool left_t
 /// unless that is null.
 template <typename Packed, typename Half, typename Left, typename Right, typename Out>
 void gemm_tile(
-    const Gemm& gemm, const Left* left, const Right* right, const Bias<Half>& bias, Out* out, int64_t rows,
+    const Gemm& gemm, const Left* left, const Right* right, const Elements<Half>& bias, Out* out, int64_t rows,
     int64_t cols, float* row_sums
 ) {
   constexpr int kDepth = Packed::kDepth;

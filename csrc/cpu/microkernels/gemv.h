@@ -9,22 +9,23 @@ namespace blockdiag::cpu {
 namespace {
 
 /// A part of the result with few rows: out(i, j) = bias(j) + sum over p < depth of left(i, p) * right(p, j).
-template <typename Half, typename Left, typename Right, typename Out>
+template <typename Half, typename Right, typename Out>
 struct FewRows {
-  const Left* left; // (i, p) at i * left_row_stride + p * left_depth_stride
+  Elements<Half> left; // (i, p) at i * left_row_stride + p * left_depth_stride
   int64_t left_row_stride;
   int64_t left_depth_stride;
   const Right* right; // rows are right_ld apart
   int64_t right_ld;
-  Bias<Half> bias;
-  Out* out; // (i, j) at i * out_ld + j
+  Elements<Half> bias; // or none
+  Out* out;            // (i, j) at i * out_ld + j
   int64_t out_ld;
   int64_t rows, cols, depth;
 };
 
 /// For left_depth_stride 1 and a transposed right operand, (p, j) at p + j * right_ld. Each sum runs along a vector.
+/// `left` is part.left.
 template <bool kShortRows, typename Half, typename Left, typename Right, typename Out>
-void gemv_transposed(const FewRows<Half, Left, Right, Out>& part) {
+void gemv_transposed(const FewRows<Half, Right, Out>& part, const Left* left) {
   constexpr int kLanes = Vector::kLanes;
   // Too many rows are open at once for the hardware prefetcher: short rows are prefetched some steps ahead.
   const int64_t ahead = kLanes * std::max<int64_t>(kPrefetchDistance / part.depth, 1) * part.right_ld;
@@ -41,7 +42,7 @@ void gemv_transposed(const FewRows<Half, Left, Right, Out>& part) {
         sum = Vector::zero();
       }
       const auto add = [&](int64_t p, int deep) {
-        const auto factor = load_partial(part.left + i * part.left_row_stride + p, deep);
+        const auto factor = load_partial(left + i * part.left_row_stride + p, deep);
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; ++r) {
           sums[r] = sums[r].plus_product(factor, load_partial(starts[r] + p, deep));
@@ -67,19 +68,20 @@ void gemv_transposed(const FewRows<Half, Left, Right, Out>& part) {
 }
 
 /// For a right operand that is not transposed, (p, j) at p * right_ld + j, and at most kLongRow columns.
-template <typename Half, typename Left, typename Right, typename Out>
-void gemv(const FewRows<Half, Left, Right, Out>& part) {
+template <typename Half, typename Right, typename Out>
+void gemv(const FewRows<Half, Right, Out>& part) {
   constexpr int kStreams = 8; // rows of the right operand read at once
   float sums[kLongRow];
   for (int64_t i = 0; i < part.rows; ++i) {
-    const Left* const left = part.left + i * part.left_row_stride;
+    const auto left = part.left + i * part.left_row_stride;
     Out* const out = part.out + i * part.out_ld;
-    for (int64_t p0 = 0; p0 < part.depth; p0 += kStreams) {
+    int64_t p0 = 0;
+    while (p0 < part.depth) {
       const auto add = [&]<int kCount>(std::integral_constant<int, kCount> /*rows*/) {
         Vector factors[kCount];
 #pragma GCC unroll 8
         for (int p = 0; p < kCount; ++p) {
-          factors[p] = Vector::broadcast(static_cast<float>(left[(p0 + p) * part.left_depth_stride]));
+          factors[p] = Vector::broadcast(left[(p0 + p) * part.left_depth_stride]);
         }
         const Right* const first = part.right + p0 * part.right_ld;
         for (int64_t j = 0; j < part.cols; j += Vector::kLanes) {
@@ -95,11 +97,13 @@ void gemv(const FewRows<Half, Left, Right, Out>& part) {
             store_partial(sum, out + j, count);
           }
         }
+        p0 += kCount;
       };
-      const int64_t count = std::min<int64_t>(part.depth - p0, kStreams);
-      [&]<int... kLess>(std::integer_sequence<int, kLess...>) {
-        ((count == kLess + 1 ? add(std::integral_constant<int, kLess + 1>()) : void()), ...);
-      }(std::make_integer_sequence<int, kStreams>());
+      const int64_t left_over = part.depth - p0;
+      left_over >= kStreams ? add(std::integral_constant<int, kStreams>())
+      : left_over >= 4      ? add(std::integral_constant<int, 4>())
+      : left_over >= 2      ? add(std::integral_constant<int, 2>())
+                            : add(std::integral_constant<int, 1>());
     }
   }
 }

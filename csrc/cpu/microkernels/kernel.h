@@ -60,11 +60,13 @@ struct Tiles {
 template <typename Packed, typename Half, typename Left, typename Right, typename Out>
 void run(const GemmProblem& problem, const Operands& operands) {
   const auto& gemm = problem.gemm;
-  const bool half_bias = problem.epilogue.bias && !std::is_same_v<Half, float> && !problem.float32.bias;
-  const Bias<Half> bias{
-      .single = half_bias ? nullptr : static_cast<const float*>(operands.bias),
-      .half = half_bias ? static_cast<const Half*>(operands.bias) : nullptr,
+  const auto elements = [](const void* data, bool half) {
+    return Elements<Half>{
+        .single = half ? nullptr : static_cast<const float*>(data),
+        .half = half ? static_cast<const Half*>(data) : nullptr,
+    };
   };
+  const auto bias = elements(operands.bias, !std::is_same_v<Half, float> && !problem.float32.bias);
   const auto left_at = [&](int64_t block, int64_t i) {
     return static_cast<const Left*>(operands.b) + block * gemm.b.stride + i * (gemm.b.transpose ? 1 : gemm.b.ld);
   };
@@ -91,8 +93,9 @@ void run(const GemmProblem& problem, const Operands& operands) {
   };
   const auto with_few_rows = [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols, const auto& compute) {
     with_row_sums(block, i, rows, j, [&](float* row_sums) {
-      const FewRows<Half, Left, Right, Out> part{
-          .left = left_at(block, i),
+      const auto* const left = left_at(block, i);
+      const FewRows<Half, Right, Out> part{
+          .left = elements(left, !std::is_same_v<Left, float>),
           .left_row_stride = gemm.b.transpose ? 1 : gemm.b.ld,
           .left_depth_stride = gemm.b.transpose ? gemm.b.ld : 1,
           .right = right_at(block, j),
@@ -104,9 +107,9 @@ void run(const GemmProblem& problem, const Operands& operands) {
           .cols = cols,
           .depth = gemm.k,
       };
-      compute(part);
+      compute(part, left);
       if (row_sums != nullptr) {
-        add_over_depth(part.left, gemm.b.ld, rows, gemm.k, row_sums);
+        add_over_depth(left, gemm.b.ld, rows, gemm.k, row_sums);
       }
     });
   };
@@ -115,14 +118,14 @@ void run(const GemmProblem& problem, const Operands& operands) {
   if (few_rows && gemm.a.transpose && !gemm.b.transpose) {
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-          with_few_rows(block, i, rows, j, cols, [&](const auto& part) {
-            gemm.k <= kTile ? gemv_transposed<true>(part) : gemv_transposed<false>(part);
+          with_few_rows(block, i, rows, j, cols, [&](const auto& part, const Left* left) {
+            gemm.k <= kTile ? gemv_transposed<true>(part, left) : gemv_transposed<false>(part, left);
           });
         });
   } else if (!gemm.a.transpose && (few_rows || (gemm.k <= kShallow && gemm.m >= kWide))) {
     Tiles(gemm, kTile, kLongRow)
         .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-          with_few_rows(block, i, rows, j, cols, [](const auto& part) { gemv(part); });
+          with_few_rows(block, i, rows, j, cols, [](const auto& part, auto /*left*/) { gemv(part); });
         });
   } else {
     Tiles(gemm, kTile, kTile)
