@@ -50,9 +50,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         :math:`(*, G \cdot N)` for concatenated input, :math:`(*, G, N)` for stacked input; always contiguous.
 
     All tensors share one device and one dtype: float16, bfloat16 (both accumulated in float32), float32, float64,
-    complex64 or complex128. Under :class:`torch.autocast` they are cast as those of :func:`torch.nn.functional.linear`
-    are. Any strides are accepted; what BLAS can address is read where it lies. Differentiable to any order, in reverse
-    and forward mode, and under :mod:`torch.func`.
+    complex64 or complex128. Any strides are accepted; what BLAS can address is read where it lies. Differentiable to
+    any order, in reverse and forward mode, and under :mod:`torch.func`.
+
+    Under :class:`torch.autocast` the output has autocast's dtype, and the tensors may be float32 or have that dtype,
+    in any mixture. On a CPU nothing is cast: float32 tensors are converted, if at all, as they are read, sums are in
+    float32, and each gradient is rounded once, to the dtype of its tensor. Elsewhere the arguments are cast as those of
+    :func:`torch.nn.functional.linear` are.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together, or a size exceeds BLAS's 32-bit integers. Raised

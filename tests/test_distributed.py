@@ -156,6 +156,35 @@ def check_sharding_rules(num_blocks: int) -> None:
                 assert output.placements == (input_placement,)
 
 
+def check_sharding_rules_under_autocast() -> None:
+    """float32 parameters beside half activations: results in the dtypes of the op on plain tensors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    tensors = torch.randn(BATCH, BLOCKS * IN).bfloat16(), torch.randn(BLOCKS, OUT, IN), torch.randn(BLOCKS * OUT)
+    for placements in ([Replicate()] * 3, [Shard(0), Replicate(), Replicate()], [Shard(1), Shard(0), Shard(0)]):
+        plain = [tensor.clone().requires_grad_() for tensor in tensors]
+        sharded = [
+            distribute_tensor(tensor, mesh, [placement]).requires_grad_()
+            for tensor, placement in zip(tensors, placements, strict=True)
+        ]
+        for dtype in (torch.bfloat16, torch.float32):  # in both orders: DTensor caches what it propagates
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                inputs = [
+                    ([x.float(), *rest] if dtype == torch.float32 else [x, *rest]) for x, *rest in (plain, sharded)
+                ]
+                expected, output = (blockdiag.linear(*each) for each in inputs)
+            assert output.dtype == expected.dtype == dtype
+            torch.testing.assert_close(output.full_tensor(), expected)
+            expected_grads = torch.autograd.grad(expected.float().square().sum(), plain)
+            grads = torch.autograd.grad(output.float().square().sum(), sharded)
+            for actual, wanted in zip(grads, expected_grads, strict=True):
+                assert actual.dtype == wanted.dtype
+                torch.testing.assert_close(actual.full_tensor(), wanted)
+
+
+def test_sharding_rules_under_autocast(tmp_path):
+    run(check_sharding_rules_under_autocast, 2, tmp_path)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("num_blocks", [BLOCKS, 3], ids=["even", "uneven"])
 def test_sharding_rules(num_blocks, world_size, tmp_path):
