@@ -1,6 +1,7 @@
 """The benchmark's command line, its tables, and comparisons of results."""
 
 import json
+from pathlib import Path
 
 import pytest
 from test_benchmarks import PROBLEM, SQUARE
@@ -11,6 +12,8 @@ from benchmarks import __main__ as command
 from benchmarks import compare, report, runs
 from benchmarks.suites import Problem, make_suites
 from benchmarks.timing import measure
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
 
 @pytest.fixture
@@ -35,7 +38,9 @@ def test_command_line(tiny, tmp_path, capsys):
     content = runs.load(path)
     assert len(content["cases"]) == 2 * 2 * 2
     assert content["environment"]["device"] == "cpu"
-    assert content["ceilings"][0]["operations_per_second"] > 0
+    ceiling = content["ceilings"][0]
+    assert ceiling["operations_per_second"] > 0
+    assert ceiling["bytes_per_second"] == max(ceiling["read_bytes_per_second"], ceiling["copy_bytes_per_second"]) > 0
     case = content["cases"][0]
     assert list(case["contestants"]) == ["ours", "loop", "bsr", "einsum"]
     assert "skipped" in case["contestants"]["bsr"]
@@ -44,6 +49,7 @@ def test_command_line(tiny, tmp_path, capsys):
     assert command.main(["--show", str(path)]) == 0
     assert capsys.readouterr().out == printed
     assert "bsr not run at 2: inference only" in printed
+    assert f"  {ceiling['instruction_set'] or 'GEMM'}  " in printed
     assert "quick: float32, fwd+bwd, eager" in printed
     assert command.main(["--show", str(path), "--markdown"]) == 0
     table = capsys.readouterr().out.splitlines()
@@ -53,6 +59,14 @@ def test_command_line(tiny, tmp_path, capsys):
     assert "| B, G, K→N | float32, fwd |\n" in part
     assert "quick" not in part
     assert any(line.startswith("| 6, 3, 4→5 | ") and line.count("(") == 2 for line in table)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("avx*.json")), ids=lambda path: path.stem)
+def test_older_results_are_shown(path, capsys):
+    assert command.main(["--show", str(path)]) == 0
+    heading, *ceilings = capsys.readouterr().out.partition("ceilings of the machine:\n")[2].splitlines()
+    assert "GB/s of reading" in heading
+    assert {tuple(line.split()[3:5]) for line in ceilings} == {("GEMM", "-")}
 
 
 def test_plots(tiny, tmp_path):
