@@ -138,6 +138,13 @@ def test_summary():
     assert lines.count("quick float32 fwd eager 1 2 0.41 0.33 128, 2, 256->256") == 2  # the floor: 1/2 and 1/3
 
 
+def test_suites_of_a_cpu_are_not_for_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(SystemExit, match="2"):
+        command.parse_arguments(["--suites", "quick", "libxsmm"])
+    assert "--suites libxsmm needs --device cpu" in capsys.readouterr().err
+
+
 def test_the_commit_comes_from_the_environment_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("BLOCKDIAG_COMMIT", "1234567")
