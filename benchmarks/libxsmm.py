@@ -114,7 +114,7 @@ def fitting(size: int, choices: tuple[int, ...]) -> list[int]:
     return [size, *(choice for choice in choices if choice < size and size % choice == 0)]
 
 
-def tuned(problem: Problem, name: str) -> Product:
+def tuned_product(problem: Problem, name: str) -> Product:
     """The product with the tiles that are fastest on random operands."""
     batch, num_blocks, in_block, out_block = problem
     x, grad_output = torch.randn(batch, num_blocks * in_block), torch.randn(batch, num_blocks * out_block)

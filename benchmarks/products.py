@@ -63,7 +63,7 @@ def measure_product(problem: Problem, name: str, rounds: int, rotate: bool) -> d
     steps = {"ours": _step(_ours(problem, name), operands)}
     if torch.get_num_threads() == 1:
         try:
-            product = libxsmm.tuned(problem, name)
+            product = libxsmm.tuned_product(problem, name)
         except NotImplementedError as error:
             print(f"Without libxsmm at {problem}, {name}: {error}", file=sys.stderr)
         else:

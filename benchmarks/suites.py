@@ -70,7 +70,7 @@ SMALL = [
     Problem(2048, 5, 100, 10),
 ]
 
-# From blocks of one register to blocks beyond the caches, one block, long batches, and sizes that fill no register.
+# Small blocks to large ones, one block, long batches, and sizes that fill no register.
 PRODUCTS = [
     *(Problem(128, 16, size, size) for size in (16, 32, 64, 128, 256)),
     Problem(128, 1, 512, 512),

@@ -1,6 +1,7 @@
 """The benchmark's ceilings: the CPU's peak and bandwidth, and the floor that they are for a problem."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -55,10 +56,12 @@ def test_instruction_set(names, preferred, float32, bfloat16, float16):
 
 @pytest.fixture
 def instruction_set():
-    """That of our kernels on this CPU; otherwise the test is skipped."""
+    """That of our kernels on this CPU, if there are any, and a compiler; otherwise the test is skipped."""
     name = instruction_set_of(torch.float32, blockdiag.build_info())
     if name is None:
         pytest.skip("this CPU has no kernels of ours")
+    if shutil.which(native.get_cxx_compiler()) is None:
+        pytest.skip("no compiler")
     return name
 
 

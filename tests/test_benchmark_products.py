@@ -12,7 +12,7 @@ from test_benchmarks import _small_ceiling as _small_ceiling
 import reference
 from benchmarks import libxsmm, native, products
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.libxsmm import PRODUCTS, Product, Tiles, fitting, tuned
+from benchmarks.libxsmm import PRODUCTS, Product, Tiles, fitting, tuned_product
 from benchmarks.suites import Problem, make_suites
 from benchmarks.timing import PRECISIONS, measure
 
@@ -59,7 +59,7 @@ def test_products(problem, name, installed):
     x, weight = x.detach(), weight.detach()
     sizes = {"forward": (20, 8, 12), "grad input": (12, 8, 20), "grad weight": (12, 20, 8)}
     choices = [fitting(size, (4, 2)) for size in sizes[name]] if problem == TILED else []
-    for tiles in [*product(*choices)] if choices else [tuned(problem, name).tiles]:
+    for tiles in [*product(*choices)] if choices else [tuned_product(problem, name).tiles]:
         computed = Product(problem, name, Tiles(*tiles))
         left = x if name == "grad weight" else computed.arrange(weight)
         actual = computed(left, x if name == "forward" else grad_output)
@@ -87,8 +87,8 @@ def test_contestant_where_it_is_not_installed(missing):
     [
         ("bfloat16", False, 1, "float32 on one thread of a CPU only"),
         ("float32", False, 2, "float32 on one thread of a CPU only"),
-        ("float32", True, 1, "inference without autocast only"),
-        ("amp-bfloat16", False, 1, "inference without autocast only"),
+        ("float32", True, 1, "inference only"),
+        ("amp-bfloat16", False, 1, "not under autocast"),
     ],
 )
 def test_contestant_where_it_does_not_apply(precision, backward, threads, reason, installed):

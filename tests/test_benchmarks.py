@@ -40,7 +40,7 @@ INAPPLICABLE = {
     "grouped_mm": "multiple of 16|strides/sizes|Float32|requires cuBLASLt|no torch.nn|not supported",
     "packed_linear": "not installed",
     "packed_einsum": "not installed",
-    "libxsmm": "needs libxsmm|float32 on one thread of a CPU only|inference without autocast only",
+    "libxsmm": "needs libxsmm|float32 on one thread of a CPU only|inference only|not under autocast",
 }
 
 
