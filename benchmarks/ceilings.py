@@ -18,6 +18,7 @@ ROUNDS = 10
 SECONDS = 2.0  # no further round is started after that
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 CUDA_COPY_BYTES = 1 << 30
+PEAK_ROUNDS = 100  # a neighbor on the machine may slow down the first ones
 PEAK_REPEATS = 1 << 22  # of 14 or 24 instructions: some 10 ms
 
 
@@ -70,18 +71,30 @@ def instruction_set_of(dtype: torch.dtype, build_info: dict[str, str]) -> str | 
     return next((name for name in usable if name in kernels), None)
 
 
-def peak_rate(instruction_set: str, threads: int) -> float:
-    """FLOP/s of fused multiply-adds in registers, of all threads together.
+def multiply_adds(instruction_set: str, threads: int, repeats: int) -> tuple[float, float]:
+    """Repeats fused multiply-adds in registers, in each thread. Returns the FLOPs of all, and how many seconds it took.
 
     Raises:
         NotImplementedError: peak.cpp does not compile here, or does not know the instruction set.
     """
-    function = native.load("peak").multiply_add_rate
-    function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int64), ctypes.c_double
-    rate = max(function(instruction_set.encode(), threads, PEAK_REPEATS) for _ in range(ROUNDS))
-    if rate == 0:
+    function = native.load("peak").multiply_adds
+    function.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_double))
+    function.restype = ctypes.c_double
+    seconds = ctypes.c_double()
+    operations = function(instruction_set.encode(), threads, repeats, ctypes.byref(seconds))
+    if operations == 0:
         raise NotImplementedError(f"peak.cpp has no multiply-adds of {instruction_set}")
-    return rate
+    return operations, seconds.value
+
+
+def peak_rate(instruction_set: str, threads: int) -> float:
+    """FLOP/s of multiply_adds: the best of PEAK_ROUNDS.
+
+    Raises:
+        NotImplementedError: as there.
+    """
+    rounds = (multiply_adds(instruction_set, threads, PEAK_REPEATS) for _ in range(PEAK_ROUNDS))
+    return max(operations / seconds for operations, seconds in rounds)
 
 
 def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:

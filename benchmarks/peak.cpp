@@ -45,7 +45,7 @@ BLOCKDIAG_REPEAT(avx512_bf16, "zmm", BLOCKDIAG_24, "vdpbf16ps", two_bfloat16_fac
 
 struct InstructionSet {
   const char* name;
-  void (*multiply_adds)(int64_t repeats);
+  void (*function)(int64_t repeats);
   int64_t flops; // of one repeat
 };
 
@@ -85,12 +85,12 @@ double seconds_of(int num_threads, const Function& function) {
 
 } // namespace
 
-/// FLOP/s of `num_threads` threads, each of which repeats the instruction set's multiply-adds; 0 for an unknown name.
-extern "C" double multiply_add_rate(const char* name, int num_threads, int64_t repeats) {
-  for (const auto& [known, multiply_adds, flops] : instruction_sets) {
-    if (std::strcmp(name, known) == 0) {
-      const double seconds = seconds_of(num_threads, [&] { multiply_adds(repeats); });
-      return static_cast<double>(flops * repeats) * num_threads / seconds;
+/// `num_threads` threads repeat the instruction set's multiply-adds. Returns the FLOPs of all, 0 for an unknown name.
+extern "C" double multiply_adds(const char* name, int num_threads, int64_t repeats, double* seconds) {
+  for (const auto& known : instruction_sets) {
+    if (std::strcmp(name, known.name) == 0) {
+      *seconds = seconds_of(num_threads, [&] { known.function(repeats); });
+      return static_cast<double>(known.flops * repeats) * num_threads;
     }
   }
   return 0;

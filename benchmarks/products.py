@@ -1,7 +1,8 @@
 """Times the layer's three products one by one in float32 on a CPU: ours, and those of libxsmm where it is installed.
 
-GFLOP/s by the median time of the rounds, the median of libxsmm's time over ours in the same round, and both as
-fractions of the CPU's peak. Operands come from the cache if they fit, unless --rotate. Each call allocates its result.
+GFLOP/s, libxsmm's time over ours, and both as fractions of the peak of multiply-adds in registers: medians of the
+rounds, the ratios within a round. Operands come from the cache if they fit, unless --rotate. Each call allocates its
+result.
 """
 
 import argparse
@@ -13,8 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import blockdiag
 from benchmarks import libxsmm
-from benchmarks.ceilings import Ceiling, measure_ceiling
+from benchmarks.ceilings import instruction_set_of, multiply_adds
 from benchmarks.report import aligned
 from benchmarks.suites import Problem, make_suites
 from benchmarks.timing import CASE_SECONDS, PRECISIONS, Data, cache_bytes, make_data, reference_of, time_rounds
@@ -22,6 +24,7 @@ from benchmarks.timing import CASE_SECONDS, PRECISIONS, Data, cache_bytes, make_
 CPU = torch.device("cpu")
 PRECISION = PRECISIONS["float32"]
 LIMIT = 1e-5  # of a relative error
+PEAK_REPEATS = 1 << 19  # some milliseconds
 
 
 def _operands(name: str, data: Data) -> list[tuple[Tensor, Tensor]]:
@@ -51,8 +54,22 @@ def _step(function: Callable[[Tensor, Tensor], Tensor], operands: list[tuple[Ten
     return lambda: function(*next(cycle))
 
 
+def peak_step(threads: int) -> tuple[Callable[[], object], float] | None:
+    """Multiply-adds with the instruction set of our kernels, and their FLOPs; None where it cannot be measured."""
+    instruction_set = instruction_set_of(torch.float32, blockdiag.build_info())
+    if instruction_set is None:
+        print("No peak: no kernels of ours compute on this CPU", file=sys.stderr)
+        return None
+    try:
+        operations, _ = multiply_adds(instruction_set, threads, PEAK_REPEATS)
+    except NotImplementedError as error:
+        print(f"No peak: {error}", file=sys.stderr)
+        return None
+    return lambda: multiply_adds(instruction_set, threads, PEAK_REPEATS), operations
+
+
 def measure_product(problem: Problem, name: str, rounds: int, rotate: bool) -> dict[str, list[float]]:
-    """Microseconds of "ours", and of "libxsmm" where it applies, in each round.
+    """GFLOP/s of "ours", and where they apply of "libxsmm" and "peak", in each round.
 
     Raises:
         AssertionError: a result is wrong.
@@ -74,22 +91,27 @@ def measure_product(problem: Problem, name: str, rounds: int, rotate: bool) -> d
     for contestant, step in steps.items():
         error = ((step() - wanted).norm() / wanted.norm()).item()
         assert error <= LIMIT, f"{contestant} is wrong on {problem}: {name} has relative error {error:.2g}"
-    return time_rounds(steps, rounds, CASE_SECONDS["cpu"], CPU, host=False)
-
-
-def row(problem: Problem, name: str, times: dict[str, list[float]], ceiling: Ceiling) -> list[str]:
-    """A line of the table."""
     batch, num_blocks, in_block, out_block = problem
-    operations = 2 * batch * num_blocks * in_block * out_block
-    rates = {contestant: 1e6 * operations / statistics.median(each) for contestant, each in times.items()}
-    fractions = {contestant: rate / ceiling.operations_per_second for contestant, rate in rates.items()}
-    cells = [str(problem), name, f"{1e-9 * rates['ours']:.1f}"]
-    if "libxsmm" in times:
-        ratio = statistics.median(other / ours for other, ours in zip(times["libxsmm"], times["ours"], strict=False))
-        cells += [f"{1e-9 * rates['libxsmm']:.1f}", f"{ratio:.2f}"]
-    else:
-        cells += ["-", "-"]
-    return [*cells, *(f"{fractions[each]:.2f}" if each in fractions else "-" for each in ("ours", "libxsmm"))]
+    operations = dict.fromkeys(steps, 2.0 * batch * num_blocks * in_block * out_block)
+    peak = peak_step(torch.get_num_threads())
+    if peak is not None:
+        steps["peak"], operations["peak"] = peak
+    times = time_rounds(steps, rounds, CASE_SECONDS["cpu"], CPU, host=False)
+    return {each: [1e-3 * operations[each] / time_us for time_us in times_us] for each, times_us in times.items()}
+
+
+def row(problem: Problem, name: str, rates: dict[str, list[float]]) -> list[str]:
+    """A line of the table, from the GFLOP/s in each round."""
+
+    def median(of: str, over: str | None = None) -> str:
+        if not {of, over or of} <= rates.keys():
+            return "-"
+        if over is None:
+            return f"{statistics.median(rates[of]):.1f}"
+        return f"{statistics.median(one / other for one, other in zip(rates[of], rates[over], strict=False)):.2f}"
+
+    ratios = (median("ours", "libxsmm"), median("ours", "peak"), median("libxsmm", "peak"))
+    return [str(problem), name, median("ours"), median("libxsmm"), median("peak"), *ratios]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,19 +122,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
+    ratios = ("time libxsmm/ours", "ours of peak", "libxsmm of peak")
+    rows = [["B, G, K->N", "product", "ours", "libxsmm", "peak", *ratios]]
     try:
         with torch.no_grad():
-            ceiling = measure_ceiling(torch.float32, CPU)
-            ratios = ("time libxsmm/ours", "ours of peak", "libxsmm of peak")
-            rows = [["B, G, K->N", "product", "ours", "libxsmm", *ratios]]
-            for problem in make_suites("cpu")["libxsmm"].problems:
-                for name in libxsmm.PRODUCTS:
-                    times = measure_product(problem, name, arguments.rounds, arguments.rotate)
-                    rows.append(row(problem, name, times, ceiling))
+            for problem, name in itertools.product(make_suites("cpu")["libxsmm"].problems, libxsmm.PRODUCTS):
+                rows.append(row(problem, name, measure_product(problem, name, arguments.rounds, arguments.rotate)))
     finally:
         torch.set_num_threads(threads_before)
-    kind = f"peak of {ceiling.instruction_set}" if ceiling.instruction_set else "GEMM, in place of a peak"
-    print(f"GFLOP/s, threads: {arguments.threads}, {kind}: {1e-9 * ceiling.operations_per_second:.1f}")
+    instruction_set = instruction_set_of(torch.float32, blockdiag.build_info())
+    print(f"GFLOP/s in float32, threads: {arguments.threads}, instruction set of ours: {instruction_set}")
     print("\n".join(aligned(rows)))
     return 0
 
