@@ -106,6 +106,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
         arguments.precisions = arguments.precisions or ["float32", "bfloat16", "float16"]
         arguments.passes = arguments.passes or PASSES
         arguments.modes = arguments.modes or (["eager", "graph"] if arguments.device == "cuda" else ["eager"])
+        foreign = [name for name, _ in arguments.suites if name not in make_suites(arguments.device)]
+        if foreign:
+            parser.error(f"--suites {' '.join(foreign)} needs --device cpu")
         if "graph" in arguments.modes and arguments.device != "cuda":
             parser.error("--modes graph needs --device cuda")
     if arguments.plots == Path():

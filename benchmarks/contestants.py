@@ -10,12 +10,15 @@ autocast, additions that torch would compute in float32 are cast, as a careful u
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import blockdiag
+from benchmarks.libxsmm import Product, fitting, tuned_product
+from benchmarks.suites import Problem
 from blockdiag import backends
 from blockdiag._load import extension
 
@@ -240,6 +243,29 @@ def packed_linear(weight: Tensor, bias: Tensor):
 def packed_einsum(weight: Tensor, bias: Tensor):
     """TorchUncertainty's PackedLinear, told to use einsum: the default in some releases."""
     return _packed(weight, bias, implementation="einsum")
+
+
+@contestant
+def libxsmm(weight: Tensor, bias: Tensor):
+    """Kernels that libxsmm generates for these blocks, on a weight arranged for them beforehand; for inference."""
+    if weight.is_cuda or weight.dtype != torch.float32 or torch.get_num_threads() > 1:
+        raise NotImplementedError("float32 on one thread of a CPU only")
+    if torch.is_grad_enabled():
+        raise NotImplementedError("inference only")
+    num_blocks, out_block, in_block = weight.shape
+    tiles_for_128 = tuned_product(Problem(128, num_blocks, in_block, out_block), "forward").tiles
+
+    @cache
+    def product_of(batch: int) -> Product:
+        tiles = tiles_for_128._replace(n=fitting(batch, (tiles_for_128.n,))[-1])
+        return Product(Problem(batch, num_blocks, in_block, out_block), "forward", tiles)
+
+    def forward(x: Tensor, arranged: Tensor, bias: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            raise NotImplementedError("not under autocast")
+        return product_of(len(x))(arranged, x, bias)
+
+    return forward, [product_of(128).arrange(weight), bias]
 
 
 @contextmanager

@@ -25,8 +25,9 @@ OURS = "#d55e00"
 COLORS = (
     *("#000000", "#888888", "#c3b091", "#8c564b", "#999933", "#cc79a7", "#e69f00"),
     *("#6a3d9a", "#56b4e9", "#0072b2", "#332288", "#009e73", "#aa4499", "#661100"),
+    "#44aa99",
 )
-MARKERS = "osDv^<>ph*XdP8"
+MARKERS = "osDv^<>ph*XdP8H"
 
 Value = Callable[[Case, str], float]
 METRICS: dict[str, tuple[str, Value]] = {

@@ -126,10 +126,14 @@ def summary(content: Content) -> str:
 
 
 def _ceilings(content: Content) -> str:
-    rows = [["dtype", "threads", "GFLOP/s", "GB/s (read + write)"]]
+    rows = [["dtype", "threads", "GFLOP/s", "of", "GB/s of reading", "of a copy (read + write)"]]
     for ceiling in content["ceilings"]:
-        rates = [f"{1e-9 * ceiling[name]:.4g}" for name in ("operations_per_second", "bytes_per_second")]
-        rows.append([ceiling["dtype"], str(ceiling["threads"]), *rates])
+        kind = ceiling.get("instruction_set") or "GEMM"
+        # Older results have one bandwidth, that of a copy.
+        read, copy = ceiling.get("read_bytes_per_second"), ceiling.get("copy_bytes_per_second")
+        rates = ["-" if rate is None else f"{1e-9 * rate:.4g}" for rate in (read, copy or ceiling["bytes_per_second"])]
+        operations = f"{1e-9 * ceiling['operations_per_second']:.4g}"
+        rows.append([ceiling["dtype"], str(ceiling["threads"]), operations, kind, *rates])
     return "ceilings of the machine:\n" + "\n".join(aligned(rows))
 
 

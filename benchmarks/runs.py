@@ -3,7 +3,8 @@
 {
   "environment": {name: value, ...},                 report of python -m blockdiag, device, commit, date, driver
   "settings": {"rounds", "arguments"},
-  "ceilings": [{"dtype", "threads", "operations_per_second", "bytes_per_second"}, ...],
+  "ceilings": [{"dtype", "threads", "operations_per_second", "bytes_per_second", "instruction_set",
+                "read_bytes_per_second", "copy_bytes_per_second"}, ...],           fields of ceilings.Ceiling
   "cases": [{"suite", "problem": {"batch", "num_blocks", "in_block", "out_block"},
              "precision", "pass", "mode", "threads", "floor_us",
              "contestants": {name: {"times_us": [...], "peak_bytes"} or {"skipped": reason}
@@ -11,6 +12,7 @@
   "left_out": [{"suite", "problem", "precision", "pass", "mode", "threads"}, ...]     for lack of time
 }
 
+Older results have no fields after "bytes_per_second", which is that of a copy, as the rate is that of a GEMM.
 "times_us" has the microseconds of one run in each round; slow contestants skip the last rounds. "floor_us" is the
 roofline's time.
 """

@@ -70,6 +70,15 @@ SMALL = [
     Problem(2048, 5, 100, 10),
 ]
 
+# Small blocks to large ones, one block, long batches, and sizes that fill no register.
+PRODUCTS = [
+    *(Problem(128, 16, size, size) for size in (16, 32, 64, 128, 256)),
+    Problem(128, 1, 512, 512),
+    Problem(2048, 32, 32, 32),
+    Problem(8192, 4, 64, 64),
+    Problem(100, 3, 100, 77),
+]
+
 QUICK = {
     "cpu": [
         Problem(128, 1, 256, 256),
@@ -120,6 +129,8 @@ def make_suites(device: str) -> dict[str, Suite]:
     ]
     # Call overhead: all of the time at size 1. On a GPU that is not waited for, at larger sizes too.
     calls = [Problem(1, 1, 1, 1), *([Problem(128, 1, 64, 64), Problem(128, 16, 64, 64)] if device == "cuda" else [])]
+    # libxsmm computes on a CPU. benchmarks/products.py times each product of these.
+    of_cpu = {"libxsmm": Suite(PRODUCTS, contestants=("ours", "loop", "dense", "bmm_out", "libxsmm"))}
     return {
         "quick": Suite(QUICK[device]),
         # The most informative first, for runs that end early.
@@ -133,4 +144,5 @@ def make_suites(device: str) -> dict[str, Suite]:
         "decision_large": Suite([RECOMMENDER], contestants=deciding),
         "decision_split": Suite(long_sums, contestants=("ours", "ours_small", "ours_unsplit")),
         "scaling": Suite(scaling, contestants=("ours", "loop", "einsum", "baddbmm", "bmm_out")),
+        **(of_cpu if device == "cpu" else {}),
     }

@@ -65,9 +65,7 @@ class Data(NamedTuple):
     grad_outputs: list[Tensor]
 
 
-def _make_data(
-    problem: Problem, precision: Precision, device: torch.device, backward: bool, rotated_bytes: int
-) -> Data:
+def make_data(problem: Problem, precision: Precision, device: torch.device, backward: bool, rotated_bytes: int) -> Data:
     batch, num_blocks, in_block, out_block = problem
     dtype = precision.dtype
     generator = torch.Generator(device).manual_seed(0)
@@ -85,7 +83,7 @@ def _make_data(
     return Data(inputs, weight, bias, [grad_output.clone() for _ in range(copies if backward else 1)])
 
 
-def _reference(data: Data, precision: Precision, backward: bool) -> tuple[Tensor, ...]:
+def reference_of(data: Data, precision: Precision, backward: bool) -> tuple[Tensor, ...]:
     """The output and, for `backward`, the gradients of x, weight and bias, computed in float64 on the device.
 
     Returned in float32, which is precise enough for a comparison, unless the tensors are float64 themselves.
@@ -309,8 +307,8 @@ def measure(
     if mode == "compiled":
         torch.compiler.reset()  # torch.compile gives up after 8 versions of a function
     with torch.set_grad_enabled(backward):
-        data = _make_data(problem, precision, device, backward, rotated_bytes)
-        reference = _reference(data, precision, backward)
+        data = make_data(problem, precision, device, backward, rotated_bytes)
+        reference = reference_of(data, precision, backward)
         copies = len(data.inputs)
         for name in names:
             try:
@@ -345,7 +343,7 @@ def measure(
                 results[name] = {"failed" if failed else "skipped": _reason(error)}
                 steps.pop(name, None)
         runs = copies if mode == "graph" else 1  # per call of a step
-        for name, times in _time_rounds(steps, rounds, case_seconds, device, host).items():
+        for name, times in time_rounds(steps, rounds, case_seconds, device, host).items():
             results[name]["times_us"] = [time_us / runs for time_us in times]
     return results
 
@@ -356,7 +354,7 @@ def _reason(error: Exception) -> str:
     return kind + message[0][:160]
 
 
-def _time_rounds(
+def time_rounds(
     steps: dict[str, Step], rounds: int, case_seconds: float, device: torch.device, host: bool
 ) -> dict[str, list[float]]:
     """Microseconds of one call of each step, round by round."""

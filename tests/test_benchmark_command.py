@@ -1,6 +1,7 @@
 """The benchmark's command line, its tables, and comparisons of results."""
 
 import json
+from pathlib import Path
 
 import pytest
 from test_benchmarks import PROBLEM, SQUARE
@@ -11,6 +12,8 @@ from benchmarks import __main__ as command
 from benchmarks import compare, report, runs
 from benchmarks.suites import Problem, make_suites
 from benchmarks.timing import measure
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
 
 @pytest.fixture
@@ -35,7 +38,9 @@ def test_command_line(tiny, tmp_path, capsys):
     content = runs.load(path)
     assert len(content["cases"]) == 2 * 2 * 2
     assert content["environment"]["device"] == "cpu"
-    assert content["ceilings"][0]["operations_per_second"] > 0
+    ceiling = content["ceilings"][0]
+    assert ceiling["operations_per_second"] > 0
+    assert ceiling["bytes_per_second"] == max(ceiling["read_bytes_per_second"], ceiling["copy_bytes_per_second"]) > 0
     case = content["cases"][0]
     assert list(case["contestants"]) == ["ours", "loop", "bsr", "einsum"]
     assert "skipped" in case["contestants"]["bsr"]
@@ -44,6 +49,7 @@ def test_command_line(tiny, tmp_path, capsys):
     assert command.main(["--show", str(path)]) == 0
     assert capsys.readouterr().out == printed
     assert "bsr not run at 2: inference only" in printed
+    assert f"  {ceiling['instruction_set'] or 'GEMM'}  " in printed
     assert "quick: float32, fwd+bwd, eager" in printed
     assert command.main(["--show", str(path), "--markdown"]) == 0
     table = capsys.readouterr().out.splitlines()
@@ -53,6 +59,18 @@ def test_command_line(tiny, tmp_path, capsys):
     assert "| B, G, K→N | float32, fwd |\n" in part
     assert "quick" not in part
     assert any(line.startswith("| 6, 3, 4→5 | ") and line.count("(") == 2 for line in table)
+
+
+def test_older_results(tmp_path, capsys):
+    """Their ceilings are a GEMM's rate and the bandwidth of a copy."""
+    content = runs.load(RESULTS / "avx512.json")
+    fields = ("dtype", "threads", "operations_per_second", "bytes_per_second")
+    older = [{name: ceiling[name] for name in fields} for ceiling in content["ceilings"]]
+    runs.save({**content, "ceilings": older}, tmp_path / "older.json")
+    assert command.main(["--show", str(tmp_path / "older.json")]) == 0
+    lines = capsys.readouterr().out.partition("ceilings of the machine:\n")[2].splitlines()[1:]
+    expected = [["float32", "2", "GEMM", "-", f"{1e-9 * older[0]['bytes_per_second']:.4g}"]]
+    assert [[*line.split()[:2], *line.split()[3:]] for line in lines] == expected
 
 
 def test_plots(tiny, tmp_path):
@@ -122,6 +140,13 @@ def test_summary():
     assert "quick float32 fwd eager 1 2 1.00 0.50 128, 1, 256->256 (dense)" in lines  # 0.5 and 2
     assert "quick float32 fwd eager 1 2 4.00 2.00 128, 1, 256->256" in lines  # the loop: 2 and 8
     assert lines.count("quick float32 fwd eager 1 2 0.41 0.33 128, 2, 256->256") == 2  # the floor: 1/2 and 1/3
+
+
+def test_suites_of_a_cpu_are_not_for_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(SystemExit, match="2"):
+        command.parse_arguments(["--suites", "quick", "libxsmm"])
+    assert "--suites libxsmm needs --device cpu" in capsys.readouterr().err
 
 
 def test_the_commit_comes_from_the_environment_without_git(monkeypatch):
