@@ -26,7 +26,8 @@ struct Strip {
   int64_t added_ld;
   Out* out; // (i, j) at i * out_ld + j
   int64_t out_ld;
-  int last_cols; // in the last vector of each row
+  int last_cols;      // in the last vector of each row
+  int prefetch_lines; // of each row of left, kAheadRows in advance, beside out's; nothing if negative
 };
 
 inline Vector broadcast_packed(const char* data) {
@@ -38,7 +39,6 @@ inline Vector broadcast_packed(const char* data) {
 template <typename Packed, typename Out, int kRows, int kVectors, bool kLeftTransposed>
 void gemm_strip(const Strip<Out>& strip) {
   Vector sums[kRows][kVectors];
-  const auto lanes = [&](int v) { return v + 1 < kVectors ? Vector::kLanes : strip.last_cols; };
 #pragma GCC unroll 16
   for (auto& row : sums) {
 #pragma GCC unroll 2
@@ -67,16 +67,31 @@ void gemm_strip(const Strip<Out>& strip) {
     left += depth_stride;
     right += strip.right_ld;
   }
+  // The fields are copied: as far as the compiler knows, a store may change them.
+  const auto [added, added_ld, out, out_ld, last_cols] =
+      std::tuple(strip.added, strip.added_ld, strip.out, strip.out_ld, strip.last_cols);
+  const auto for_each_sum = [&](const auto& function) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      // Added last: over a long depth, sums of partial sums lose less precision than one long chain.
-      if (strip.added != nullptr) {
-        sums[i][v] = sums[i][v] + load_partial(strip.added + i * strip.added_ld + v * Vector::kLanes, lanes(v));
+      for (int v = 0; v < kVectors; ++v) {
+        function(sums[i][v], i, v * Vector::kLanes, v + 1 < kVectors ? Vector::kLanes : last_cols);
       }
-      store_partial(sums[i][v], strip.out + i * strip.out_ld + v * Vector::kLanes, lanes(v));
     }
+  };
+  const bool full = last_cols == Vector::kLanes;
+  // Added last: over a long depth, sums of partial sums lose less precision than one long chain.
+  if (added != nullptr && full) {
+    for_each_sum([&](Vector& sum, int i, int col, int) { sum = sum + Vector::load(added + i * added_ld + col); });
+  } else if (added != nullptr) {
+    for_each_sum([&](Vector& sum, int i, int col, int count) {
+      sum = sum + load_partial(added + i * added_ld + col, count);
+    });
+  }
+  if (full) {
+    for_each_sum([&](Vector& sum, int i, int col, int) { Vector::store(sum, out + i * out_ld + col); });
+  } else {
+    for_each_sum([&](Vector& sum, int i, int col, int count) { store_partial(sum, out + i * out_ld + col, count); });
   }
 }
 
@@ -93,6 +108,15 @@ void gemm_strips(Strip<Out> strip, int64_t rows) {
       strip_functions<Packed, Out, kVectors, kLeftTransposed>(std::make_integer_sequence<int, kStripRows>());
   for (int64_t strips = (rows + kStripRows - 1) / kStripRows; strips > 0; --strips) {
     const int64_t count = (rows + strips - 1) / strips;
+    if (strip.prefetch_lines >= 0) {
+      for (int64_t i = kAheadRows; i < kAheadRows + count; ++i) {
+        const char* const row = strip.left + i * strip.left_row_stride;
+        for (int line = 0; line < strip.prefetch_lines; ++line) {
+          __builtin_prefetch(row + line * kLineBytes);
+        }
+        __builtin_prefetch(strip.out + i * strip.out_ld, 1);
+      }
+    }
     kFunctions[static_cast<size_t>(count - 1)](strip);
     strip.left += count * strip.left_row_stride;
     strip.added += strip.added == nullptr ? 0 : count * strip.added_ld;
@@ -118,9 +142,13 @@ void gemm_tile(
     int64_t cols, float* row_sums
 ) {
   constexpr int kDepth = Packed::kDepth;
-  // A transposed left operand is read across its rows: packing pays off if that happens often.
+  // A transposed left operand is read across its rows: packing pays off if that happens often, or if each time the rows
+  // evict each other from the first cache.
+  const bool few_panels = gemm.m <= kPanelCols || (gemm.m < kTile && !is_large(gemm.k, gemm.b.ld));
   const bool in_place =
-      Packed::template kReadInPlace<Left> && (gemm.b.transpose ? kDepth == 1 && gemm.m < kTile : gemm.k % kDepth == 0);
+      Packed::template kReadInPlace<Left> && (gemm.b.transpose ? kDepth == 1 && few_panels : gemm.k % kDepth == 0);
+  const bool prefetch_left =
+      gemm.b.transpose ? wants_prefetch(gemm.k, gemm.n, gemm.b.ld) : wants_prefetch(gemm.n, gemm.k, gemm.b.ld);
   // Partial sums between panels along the depth are float32, which a half type cannot hold.
   const bool sum_apart = !std::is_same_v<Out, float> && gemm.k > kPanelDepth * kDepth;
 
@@ -141,7 +169,8 @@ void gemm_tile(
     const auto* left_data = reinterpret_cast<const char*>(left_part);
     int64_t left_stride = gemm.b.ld * static_cast<int64_t>(sizeof(Left));
     if (!in_place) {
-      left_stride = pack_left<Packed>(left_part, gemm.b.ld, gemm.b.transpose, rows, depth, packed_left) * sizeof(float);
+      left_stride = pack_left<Packed>(left_part, gemm.b.ld, gemm.b.transpose, rows, depth, prefetch_left, packed_left) *
+                    sizeof(float);
       left_data = reinterpret_cast<const char*>(packed_left);
     }
     if (row_sums != nullptr) {
@@ -160,8 +189,12 @@ void gemm_tile(
         }
       }
       if (right_data == panel) {
-        pack_right<Packed>(right_part, gemm.a.ld, gemm.a.transpose, depth, width, panel);
+        pack_right<Packed>(
+            right_part, gemm.a.ld, gemm.a.transpose, depth, width, wants_prefetch(gemm.k, gemm.m, gemm.a.ld), panel
+        );
       }
+      // The first panel brings the left operand into the cache.
+      const int left_lines = j == 0 ? static_cast<int>((gemm.k * sizeof(Left) + kLineBytes - 1) / kLineBytes) : 0;
       const auto compute = [&]<typename To>(To* to, int64_t to_ld) {
         const float* added = nullptr;
         int64_t added_ld = 0;
@@ -189,6 +222,7 @@ void gemm_tile(
             .out = to,
             .out_ld = to_ld,
             .last_cols = static_cast<int>(width > Vector::kLanes ? width - Vector::kLanes : width),
+            .prefetch_lines = !gemm.b.transpose && in_place && prefetch_left ? left_lines : -1,
         };
         gemm_panel<Packed>(strip, rows, width, gemm.b.transpose);
       };

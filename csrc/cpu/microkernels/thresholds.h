@@ -32,6 +32,21 @@ constexpr int64_t kThreadProducts = 1 << 18, kThreadProductsFewRows = 1 << 17;
 /// Up to this many rows, or up to this leading dimension, a right operand that is not transposed is read in place.
 constexpr int64_t kInPlaceRows = 4 * kStripRows, kInPlaceLd = kTile;
 
+/// Rows of one block of an activation are this far apart, or farther, where powers of two share few sets of the cache.
+constexpr int64_t kFarLd = 256;
+/// From this many elements on, an activation leaves the first cache from block to block, and the second.
+constexpr int64_t kLarge = 1 << 17, kVeryLarge = 1 << 19;
+/// Up to this many columns, rows of a very large activation are prefetched so many in advance, in strips, and while they
+/// are packed: each is a few lines in a page of its own, which the hardware does not prefetch.
+constexpr int64_t kNarrow = 64, kAheadRows = 2 * kStripRows, kAheadDepth = 24;
+
+inline bool is_large(int64_t rows, int64_t ld) { return ld >= kFarLd && rows * ld >= kLarge; }
+inline bool wants_prefetch(int64_t rows, int64_t width, int64_t ld) {
+  return ld >= kFarLd && width <= kNarrow && rows * ld >= kVeryLarge;
+}
+
+constexpr int64_t kLineBytes = 64;
+
 /// Prefetch distance for short rows, in elements.
 constexpr int64_t kPrefetchDistance = 64;
 
