@@ -67,6 +67,67 @@ void gemv_transposed(const FewRows<Half, Right, Out>& part, const Left* left) {
   }
 }
 
+/// The same for a few more rows, `left`, (i, p) at i * left_ld + p in float32: dot products of four rows at a time with as
+/// many rows of the right operand as there are registers for. That operand is read once from memory, and not packed.
+template <typename Half, typename Right, typename Out>
+void dot_products(const FewRows<Half, Right, Out>& part, const float* left, int64_t left_ld) {
+  constexpr int kRows = 4, kCols = Vector::kLanes / kRows;
+  const int64_t ahead = kCols * std::max<int64_t>(kPrefetchDistanceDots / part.depth, 1) * part.right_ld;
+  for (int64_t j = 0; j < part.cols; j += kCols) {
+    const auto cols = static_cast<int>(std::min<int64_t>(part.cols - j, kCols));
+    const Right* right[kCols]; // the last one repeats
+    for (int c = 0; c < kCols; ++c) {
+      right[c] = part.right + (j + std::min(c, cols - 1)) * part.right_ld;
+    }
+    for (int64_t i = 0; i < part.rows; i += kRows) {
+      const auto rows = static_cast<int>(std::min<int64_t>(part.rows - i, kRows));
+      const float* rows_of_left[kRows]; // the last one repeats
+      for (int r = 0; r < kRows; ++r) {
+        rows_of_left[r] = left + (i + std::min(r, rows - 1)) * left_ld;
+      }
+      Vector sums[kRows * kCols];
+#pragma GCC unroll 16
+      for (auto& sum : sums) {
+        sum = Vector::zero();
+      }
+      const bool first = i == 0;
+      const auto add = [&](int64_t p, int deep) {
+        Vector factors[kCols];
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c) {
+          factors[c] = load_partial(right[c] + p, deep);
+          if (first) {
+            __builtin_prefetch(right[c] + ahead + p, 0, 2);
+          }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const auto row = load_partial(rows_of_left[r] + p, deep);
+#pragma GCC unroll 4
+          for (int c = 0; c < kCols; ++c) {
+            sums[r * kCols + c] = sums[r * kCols + c].plus_product(row, factors[c]);
+          }
+        }
+      };
+      int64_t p = 0;
+      for (; p + Vector::kLanes <= part.depth; p += Vector::kLanes) {
+        add(p, Vector::kLanes);
+      }
+      if (p < part.depth) {
+        add(p, static_cast<int>(part.depth - p));
+      }
+      float totals[kRows * kCols];
+      Vector::store(sum_each(sums), totals);
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < cols; ++c) {
+          const float bias = part.bias ? part.bias[j + c] : 0.0F;
+          part.out[(i + r) * part.out_ld + j + c] = static_cast<Out>(totals[r * kCols + c] + bias);
+        }
+      }
+    }
+  }
+}
+
 /// For a right operand that is not transposed, (p, j) at p * right_ld + j, and at most kLongRow columns.
 template <typename Half, typename Right, typename Out>
 void gemv(const FewRows<Half, Right, Out>& part) {

@@ -23,6 +23,8 @@ constexpr int64_t kLongRow = 4096;
 
 /// Up to this many rows, the right operand is reused too little to be worth packing.
 constexpr int64_t kFewRows = 2;
+/// Up to this many, if sums are at least this long.
+constexpr int64_t kSomeRows = 8, kLongDots = 128;
 /// The same up to this many terms of a sum, in results of this many columns.
 constexpr int64_t kShallow = 4, kWide = 512;
 
@@ -47,8 +49,8 @@ inline bool wants_prefetch(int64_t rows, int64_t width, int64_t ld) {
 
 constexpr int64_t kLineBytes = 64;
 
-/// Prefetch distance for short rows, in elements.
-constexpr int64_t kPrefetchDistance = 64;
+/// Prefetch distances in elements, for short rows and for dot products.
+constexpr int64_t kPrefetchDistance = 64, kPrefetchDistanceDots = 256;
 
 } // namespace
 } // namespace blockdiag::cpu
