@@ -2,6 +2,7 @@
 #
 # TORCH=torch==X.Y.Z make ...   uses that torch, not the active environment's or the default
 # VENV=DIR make ...             uses the environment in DIR
+# CONVERT=... make convert      options of examples/does_it_pay.py
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ deploy: demo-output/packed_ensemble.pt test-cpp
 	$(BIN)/python examples/deploy_packed_ensemble.py --server $(CMAKE_BUILD)/serve/serve
 
 convert: $(VENV)/with-demo
-	$(BIN)/python examples/does_it_pay.py
+	$(BIN)/python examples/does_it_pay.py $(CONVERT)
 
 test: test-python test-cpp
 
