@@ -3,7 +3,9 @@
 MKL's packing buffers are invisible to torch and not counted; they do not grow with the tensors.
 """
 
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +94,31 @@ def test_backward_allocates_the_gradients_alone(stacked, dtype, device):
     warm_up(backward, device)
     peak, grads = allocated(backward, device)
     assert result_bytes(*grads) <= peak <= result_bytes(*grads) + allowed_beside_results(device)
+
+
+def test_large_results_ask_for_huge_pages(device):
+    """From 32 MiB on, the size from which glibc maps memory anew."""
+    if device != "cpu" or not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("huge pages of Linux")
+
+    def flags_of(tensor):
+        """The flags of the mapping that holds the middle of the tensor."""
+        middle, within = tensor.data_ptr() + tensor.nbytes // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                within = int(mapping[1], 16) <= middle < int(mapping[2], 16)
+            elif within and line.startswith("VmFlags:"):
+                return line.split()
+        raise AssertionError("the tensor is in no mapping")
+
+    weight = torch.randn(2, 2048, 4)
+    for rows, huge in ((2049, True), (256, False)):
+        input = torch.randn(rows, 8)
+        output = blockdiag.linear(input, weight)
+        assert (output.nbytes >= 32 << 20) == huge
+        assert not huge or "hg" in flags_of(output)
+        expected = torch.cat([part @ block.T for part, block in zip(input.split(4, -1), weight, strict=True)], -1)
+        torch.testing.assert_close(output, expected)
 
 
 def test_views_are_read_where_they_lie(device):

@@ -4,6 +4,11 @@
 
 #include <ATen/ops/empty.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace blockdiag {
 namespace {
 
@@ -20,6 +25,27 @@ bool run(const Product& product, const Providers& backend, const at::Tensor& res
 at::TensorOptions result_options(const Product& product) {
   const auto& problem = product.problem;
   return product.a.options().dtype(problem.float32.c ? at::kFloat : scalar_type_of(problem.dtype));
+}
+
+/// Asks for huge pages, if the system leaves that to programs.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+at::Tensor empty_result(const Product& product) {
+  auto result = at::empty(product.result_sizes, result_options(product));
+  // glibc's malloc maps such sizes anew in each call, and every page faults when it is first written. All of the result
+  // is written at once, so huge pages waste no memory.
+  constexpr size_t kMappedBytes = 32 << 20;
+  if (result.is_cpu() && result.nbytes() >= kMappedBytes) {
+    advise_huge_pages(result.mutable_data_ptr(), result.nbytes());
+  }
+  return result;
 }
 
 bool is_empty(const Gemm& gemm) { return gemm.m == 0 || gemm.n == 0 || gemm.k == 0 || gemm.batch == 0; }
@@ -41,7 +67,7 @@ bool takes(const Providers& backend, const Product& product) {
 }
 
 at::Tensor compute(const Product& product, const Providers& backend) {
-  auto result = at::empty(product.result_sizes, result_options(product));
+  auto result = empty_result(product);
   if (result.numel() == 0) {
     return result;
   }
@@ -63,9 +89,8 @@ std::optional<std::pair<at::Tensor, at::Tensor>> compute_with_bias_grad(
   if (is_empty(gemm) || !backend.take(product.problem)) {
     return std::nullopt;
   }
-  const auto options = result_options(product);
-  auto result = at::empty(product.result_sizes, options);
-  auto bias_grad = at::empty({gemm.batch, gemm.n}, options);
+  auto result = empty_result(product);
+  auto bias_grad = at::empty({gemm.batch, gemm.n}, result.options());
   if (!run(product, backend, result, bias_grad.mutable_data_ptr())) {
     return std::nullopt;
   }
