@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import decision, goals, report, runs
+from benchmarks.arguments import positive
 from benchmarks.ceilings import Ceiling, floor_us, measure_ceiling
 from benchmarks.compare import compare, differences
 from benchmarks.contestants import COMPILED, CONTESTANTS, CUDA_VARIANTS, LIBRARIES
@@ -47,16 +48,6 @@ class Plan(NamedTuple):
         return {"suite": self.suite, "problem": problem, **setting}
 
 
-def _positive(number: type):
-    def convert(text: str):
-        if number(text) <= 0:
-            raise argparse.ArgumentTypeError(f"must be positive, but got {text}")
-        return number(text)
-
-    convert.__name__ = f"positive {number.__name__}"
-    return convert
-
-
 def _suite(text: str) -> tuple[str, list[str]]:
     """Parses "NAME" or "NAME:PRECISION,..." into the name and the precisions."""
     name, _, precisions = text.partition(":")
@@ -83,9 +74,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     names = [*CONTESTANTS, *CUDA_VARIANTS]
     add("--contestants", nargs="+", choices=names, help="in addition to ours and the loop (default: the suite's)")
     add("--exclude", nargs="+", choices=names, default=[], help="leave these out, even ours or the loop")
-    add("--threads", nargs="+", type=_positive(int), default=[torch.get_num_threads()], help="default: %(default)s")
-    add("--rounds", type=_positive(int), default=15, help="timed rounds of each case (default: %(default)s)")
-    add("--max-minutes", type=_positive(float), metavar="M", help="start no case after that")
+    add("--threads", nargs="+", type=positive(int), default=[torch.get_num_threads()], help="default: %(default)s")
+    add("--rounds", type=positive(int), default=15, help="timed rounds of each case (default: %(default)s)")
+    add("--max-minutes", type=positive(float), metavar="M", help="start no case after that")
     add("--output", type=Path, metavar="JSON", help="where to write all numbers, even when interrupted")
     add("--plots", type=Path, metavar="DIR", nargs="?", const=Path(), help="plot; DIR defaults to that of the JSON")
     add("--compare", type=Path, metavar="OLD", help="an older JSON: exit with 1 if ours is slower, beyond the spread")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import blockdiag
 from benchmarks import libxsmm
+from benchmarks.arguments import positive
 from benchmarks.ceilings import instruction_set_of, multiply_adds
 from benchmarks.report import aligned
 from benchmarks.suites import Problem, make_suites
@@ -116,8 +117,12 @@ def row(problem: Problem, name: str, rates: dict[str, list[float]]) -> list[str]
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="libxsmm runs with one only (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each product (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=positive(int), default=1, help="libxsmm runs with one only (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive(int), default=15, help="timed rounds of each product (default: %(default)s)"
+    )
     parser.add_argument("--rotate", action="store_true", help="take operands from memory: exchange them between calls")
     arguments = parser.parse_args(argv)
     threads_before = torch.get_num_threads()

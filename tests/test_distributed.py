@@ -180,6 +180,14 @@ def check_sharding_rules_under_autocast() -> None:
                 assert actual.dtype == wanted.dtype
                 torch.testing.assert_close(actual.full_tensor(), wanted)
 
+    # A gradient narrower than what is summed, beyond its range in between.
+    y, x = torch.full((6, 8), 1e5), torch.zeros(6, 6, dtype=torch.float16)
+    y[::2] *= -1
+    sharded = [distribute_tensor(tensor, mesh, [Replicate()]) for tensor in (y, x)]
+    _, bias_grad = torch.ops.blockdiag.linear_weight_bias_grad(*sharded, [2, 4, 3], out_dtype=torch.float16)
+    assert bias_grad.dtype == torch.float16
+    assert (bias_grad.full_tensor() == 0).all()
+
 
 def test_sharding_rules_under_autocast(tmp_path):
     run(check_sharding_rules_under_autocast, 2, tmp_path)

@@ -351,9 +351,8 @@ def test_compile(compile_backward, half, device):
 
 
 def test_traced_graphs_have_no_casts(device):
-    """On a CPU; where there is a cast, it is of the activation between the layers."""
-    if device != "cpu":
-        pytest.skip("casts are autocast's there")
+    if not converts(device, torch.bfloat16):
+        pytest.skip("autocast casts here")
     net = Net(device, torch.bfloat16)
     program = torch.export.export(net, (torch.randn(5, 12),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     program = program.run_decompositions({})
@@ -363,6 +362,25 @@ def test_traced_graphs_have_no_casts(device):
     for batch in (1, 7):
         x = torch.randn(batch, 12)
         torch.testing.assert_close(program.module()(x), net(x))
+
+
+def test_onnx_of_one_dtype():
+    """A tangent is computed with an out_dtype, which is no reason to leave float64."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Tangent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = BlockDiagLinear(12, 32, 4, dtype=torch.float64)
+
+        def forward(self, x):
+            return torch.func.jvp(self.layer, (x,), (x,))[1]
+
+    model, x = Tangent().eval(), torch.randn(5, 12, dtype=torch.float64)
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(actual), model(x).detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_onnx(device):
@@ -380,6 +398,31 @@ def test_onnx(device):
             x = torch.randn(batch, 12)
             (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
             torch.testing.assert_close(torch.from_numpy(actual), net(x).detach(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.fixture
+def without_kernels():
+    """Libraries that do not convert."""
+    before = blockdiag.backends.cpu.preferred_blas_library("aten")
+    yield
+    blockdiag.backends.cpu.preferred_blas_library(before)
+
+
+def test_sums_of_half_tensors_beyond_their_range(without_kernels):
+    """An explicit out_dtype is the dtype of the sums for every library."""
+    x, weight = (torch.full(shape, 300.0, dtype=torch.float16) for shape in ((2, 4), (1, 1, 4)))
+    for w in (weight, weight.float()):
+        assert (OPS.linear(x, w, out_dtype=torch.float32) == 4 * 300**2).all()
+    assert (OPS.linear_weight_grad(x, x, [1, 4, 4], out_dtype=torch.float32) == 2 * 300**2).all()
+
+
+def test_autocast_caches_its_casts_where_nothing_converts(without_kernels):
+    tensors = mixed(Problem((4,), 2, 3, 5), (torch.float32, torch.float32, torch.float32), "cpu")
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as profile, torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(5):
+            blockdiag.linear(*tensors)
+    assert sum(event.name == "aten::_to_copy" for event in profile.events()) <= len(tensors)
 
 
 def test_equal_bits_for_any_number_of_threads(device):

@@ -65,8 +65,10 @@ def _weight_bias_grad(op: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     grad_output, input, weight_sizes = args
     grad = torch.ops.blockdiag.linear_weight_grad(grad_output, input, weight_sizes, **kwargs)
     leading = list(range(feature_dim(input, weight_sizes)))
-    bias_grad = grad_output.sum(leading, dtype=grad.dtype) if leading else grad_output.to(grad.dtype, copy=True)
-    return grad, bias_grad.view(weight_sizes[:2])
+    # torch casts before it sums: to a wider dtype first, to a narrower one last.
+    wide = torch.promote_types(grad.dtype, grad_output.dtype)
+    bias_grad = grad_output.sum(leading, dtype=wide) if leading else grad_output.clone()
+    return grad, bias_grad.to(grad.dtype).view(weight_sizes[:2])
 
 
 def register_sharding_rules() -> None:

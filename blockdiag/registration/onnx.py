@@ -51,8 +51,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         stacked = feature_dims(input.shape, weight.shape) == 2
         features = [num_blocks, out_block] if stacked else [num_blocks * out_block]
         leading = op.Shape(input, start=0, end=len(input.shape) - (2 if stacked else 1))
-        if out_dtype is not None:  # float32 and a half type: in float32, which all runtimes have
-            float32 = importlib.import_module("onnx").TensorProto.FLOAT
+        types = importlib.import_module("onnx").TensorProto
+        if out_dtype in (types.FLOAT, types.FLOAT16, types.BFLOAT16):  # mixed: in float32, which all runtimes have
+            float32 = types.FLOAT
             input, weight = op.Cast(input, to=float32), op.Cast(weight, to=float32)
             bias = None if bias is None else op.Cast(bias, to=float32)
         rows = op.Reshape(input, op.Constant(value_ints=[-1, num_blocks, in_block]))

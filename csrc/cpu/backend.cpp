@@ -15,7 +15,7 @@ using FindKernel = Kernel (*)(const GemmProblem& problem);
 template <FindKernel find>
 bool kernels_take(const GemmProblem& problem) {
   const auto& gemm = problem.gemm;
-  // They sum along rows that are contiguous: an incoming gradient has no other layout, unless it was expanded.
+  // They sum B's rows where these are columns in memory, as those of a contiguous incoming gradient are.
   const bool sums = !problem.epilogue.bias_grad || gemm.b.transpose || (gemm.k == 1 && gemm.b.ld == 1);
   return !problem.epilogue.accumulate && sums && find(problem) != nullptr;
 }

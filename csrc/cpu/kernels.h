@@ -10,7 +10,7 @@
 
 namespace blockdiag::cpu {
 
-/// Computes a problem, with float32 sums. Not its `accumulate`, and its `bias_grad` only where B's rows are contiguous.
+/// Computes a problem, with float32 sums. Not its `accumulate`, and its `bias_grad` only for a transposed B.
 using Kernel = void (*)(const GemmProblem& problem, const Operands& operands);
 
 #ifdef BLOCKDIAG_CPU_KERNELS

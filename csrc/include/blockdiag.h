@@ -20,10 +20,10 @@ namespace blockdiag {
 /// returns (*, G * N) for a concatenated input and (*, G, N) for a stacked one, contiguous.
 ///
 /// All share one device and one dtype: float16 or bfloat16 (accumulated in float32), float32, float64, complex64 or
-/// complex128. With an `out_dtype`, here and below, the result has it, and each tensor is float32 or of one half type:
-/// products are summed in float32 and rounded once. Under autocast, `out_dtype` is autocast's unless given, and tensors
-/// of other dtypes are cast as those of torch::nn::functional::linear. Throws c10::Error on anything else, before any
-/// work. Differentiable to any order.
+/// complex128. With an `out_dtype`, here and below, the result has it, and each tensor is float32 or of one half type,
+/// as `out_dtype` is, or all have `out_dtype`. Under autocast, `out_dtype` is autocast's where each tensor is float32 or
+/// has that dtype and the library converts; else tensors are cast as those of torch::nn::functional::linear. Throws
+/// c10::Error on anything else, before any work. Differentiable to any order.
 at::Tensor linear(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias = std::nullopt,
     std::optional<at::ScalarType> out_dtype = std::nullopt

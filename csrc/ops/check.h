@@ -17,8 +17,7 @@ using NamedTensor = std::pair<const char*, const at::Tensor*>;
 /// Checks that all tensors have one device and one supported dtype. With an `out_dtype`, that each is float32 or of one
 /// half type, as `out_dtype` is; or that all have `out_dtype`.
 void check_dtypes_and_devices(
-    const char* op, std::initializer_list<NamedTensor> tensors,
-    std::optional<at::ScalarType> out_dtype = std::nullopt
+    const char* op, std::initializer_list<NamedTensor> tensors, std::optional<at::ScalarType> out_dtype = std::nullopt
 );
 
 /// Checks that a size fits BLAS's 32-bit integers. Symbolic sizes pass: they are checked when the traced program runs.

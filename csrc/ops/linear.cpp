@@ -274,16 +274,15 @@ Product lower_linear_weight_grad(
 namespace {
 
 /// Computes the product that `lower(cast, out_dtype)` describes, where `cast` is to be applied to each tensor: it casts
-/// to the half type if no provider takes the tensors as they are.
+/// to out_dtype if no provider takes the tensors as they are.
 template <typename Lower>
 at::Tensor compute_or_cast(const Lower& lower, std::optional<at::ScalarType> out_dtype, const Providers& backend) {
   const auto product = lower([](const at::Tensor& tensor) -> const at::Tensor& { return tensor; }, out_dtype);
   if (takes(backend, product)) {
     return compute(product, backend);
   }
-  const auto half = scalar_type_of(product.problem.dtype);
-  const auto cast = [&](const at::Tensor& tensor) { return tensor.to(half); };
-  return compute(lower(cast, std::nullopt), backend).to(*out_dtype);
+  const auto cast = [&](const at::Tensor& tensor) { return tensor.to(*out_dtype); };
+  return compute(lower(cast, std::nullopt), backend);
 }
 
 } // namespace

@@ -58,8 +58,7 @@ std::tuple<at::Tensor, at::Tensor> separate_weight_and_bias_grad(
     std::optional<at::ScalarType> out_dtype
 );
 
-// The ops on a backend. Where no provider takes float32 tensors beside half ones, they and the result are cast, as
-// torch.nn.functional.linear's are under autocast.
+// The ops on a backend. Where no provider takes float32 tensors beside half ones, all are cast to out_dtype.
 
 at::Tensor compute_linear(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

@@ -4,6 +4,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <array>
+
 #ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
@@ -60,6 +62,22 @@ Placed place(const at::Tensor& tensor, const std::optional<Blocks>& blocks, cons
     return {tensor, *blocks};
   }
   return {tensor.contiguous(), contiguous};
+}
+
+namespace {
+
+std::array<Converts, at::COMPILE_TIME_MAX_DEVICE_TYPES> converts_by_device{};
+
+} // namespace
+
+bool register_converts(at::DeviceType device, Converts function) {
+  converts_by_device[static_cast<size_t>(device)] = function;
+  return true;
+}
+
+bool converts(at::DeviceType device, DType half) {
+  const auto function = converts_by_device[static_cast<size_t>(device)];
+  return function != nullptr && function(half);
 }
 
 bool takes(const Providers& backend, const Product& product) {

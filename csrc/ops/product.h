@@ -30,6 +30,12 @@ struct Placed {
 /// `tensor` if BLAS can address its `blocks` (nothing if they have no constant strides), or else a contiguous copy.
 Placed place(const at::Tensor& tensor, const std::optional<Blocks>& blocks, const Blocks& contiguous);
 
+/// Whether the device's preferred library computes with float32 matrices beside those of a half type. Where it does not,
+/// autocast had better cast. The dispatch key of a backend with such libraries registers the answer.
+using Converts = bool (*)(DType half);
+bool converts(at::DeviceType device, DType half);
+bool register_converts(at::DeviceType device, Converts function);
+
 /// Whether a provider takes the product as it is. Some take no problem with float32 matrices beside half ones.
 bool takes(const Providers& backend, const Product& product);
 

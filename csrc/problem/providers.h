@@ -58,6 +58,9 @@ class Providers {
     });
   }
 
+  /// Whether the preferred provider takes the problem itself.
+  bool preferred_takes(const GemmProblem& problem) const { return providers_[first_].takes(problem); }
+
   /// Computes the problem; false if no provider did.
   bool run(const GemmProblem& problem, const Operands& operands) const {
     return std::any_of(providers_.begin() + first_, providers_.end(), [&](const auto& provider) {

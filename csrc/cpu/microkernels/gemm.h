@@ -68,8 +68,10 @@ void gemm_strip(const Strip<Out>& strip) {
     right += strip.right_ld;
   }
   // The fields are copied: as far as the compiler knows, a store may change them.
-  const auto [added, added_ld, out, out_ld, last_cols] =
-      std::tuple(strip.added, strip.added_ld, strip.out, strip.out_ld, strip.last_cols);
+  const float* const added = strip.added;
+  Out* const out = strip.out;
+  const int64_t added_ld = strip.added_ld, out_ld = strip.out_ld;
+  const int last_cols = strip.last_cols;
   const auto for_each_sum = [&](const auto& function) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -139,7 +141,7 @@ void gemm_panel(const Strip<Out>& strip, int64_t rows, int64_t cols, bool left_t
 template <typename Packed, typename Half, typename Left, typename Right, typename Out>
 void gemm_tile(
     const Gemm& gemm, const Left* left, const Right* right, const Elements<Half>& bias, Out* out, int64_t rows,
-    int64_t cols, float* row_sums
+    int64_t cols, double* row_sums
 ) {
   constexpr int kDepth = Packed::kDepth;
   // A transposed left operand is read across its rows: packing pays off if that happens often, or if each time the rows

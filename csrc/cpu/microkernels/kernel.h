@@ -80,19 +80,18 @@ void run(const GemmProblem& problem, const Operands& operands) {
   /// Calls compute(row_sums) for a tile, and stores the sums of the left operand's rows if they are wanted.
   const auto with_row_sums = [&](int64_t block, int64_t i, int64_t rows, int64_t j, const auto& compute) {
     if (!problem.epilogue.bias_grad || j > 0) {
-      compute(static_cast<float*>(nullptr));
+      compute(static_cast<double*>(nullptr));
       return;
     }
-    alignas(64) float sums[kTile] = {};
+    double sums[kTile] = {};
     compute(sums);
     Out* const to = static_cast<Out*>(operands.bias_grad) + block * gemm.n + i;
-    for (int64_t row = 0; row < rows; row += Vector::kLanes) {
-      const auto count = static_cast<int>(std::min<int64_t>(rows - row, Vector::kLanes));
-      store_partial(load_partial(sums + row, count), to + row, count);
+    for (int64_t row = 0; row < rows; ++row) {
+      to[row] = static_cast<Out>(static_cast<float>(sums[row]));
     }
   };
   const auto with_few_rows = [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols, const auto& compute) {
-    with_row_sums(block, i, rows, j, [&](float* row_sums) {
+    with_row_sums(block, i, rows, j, [&](double* row_sums) {
       const auto* const left = left_at(block, i);
       const FewRows<Half, Right, Out> part{
           .left = elements(left, !std::is_same_v<Left, float>),
@@ -122,7 +121,9 @@ void run(const GemmProblem& problem, const Operands& operands) {
             gemm.k <= kTile ? gemv_transposed<true>(part, left) : gemv_transposed<false>(part, left);
           });
         });
-  } else if (gemm.n <= kSomeRows && gemm.k >= kLongDots && gemm.a.transpose && !gemm.b.transpose) {
+  } else if (
+      gemm.n <= kSomeRows && gemm.k >= kLongDots && gemm.k <= kLongestDots && gemm.a.transpose && !gemm.b.transpose
+  ) {
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, kThreadProductsFewRows, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
           with_few_rows(block, i, rows, j, cols, [&](const auto& part, const Left* left) {
@@ -144,7 +145,7 @@ void run(const GemmProblem& problem, const Operands& operands) {
   } else {
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-          with_row_sums(block, i, rows, j, [&](float* row_sums) {
+          with_row_sums(block, i, rows, j, [&](double* row_sums) {
             gemm_tile<Packed>(
                 gemm, left_at(block, i), right_at(block, j), bias_at(block, j), out_at(block, i, j), rows, cols,
                 row_sums

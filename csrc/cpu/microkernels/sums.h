@@ -2,13 +2,18 @@
 #pragma once
 
 #include "element.h"
+#include "thresholds.h"
 
 namespace blockdiag::cpu {
 namespace {
 
-/// Adds to sums(i) the sum over p < depth of the left operand, (i, p) at i + p * ld.
+/// Adds to sums(i) the sum over p < depth of the left operand, (i, p) at i + p * ld. Parts of kPanelDepth are summed in
+/// float32, and added in double: batches are long, and a bias has no other terms that would hide an error.
 template <typename T>
-void add_over_depth(const T* left, int64_t ld, int64_t rows, int64_t depth, float* sums) {
+void add_over_depth(const T* left, int64_t ld, int64_t rows, int64_t depth, double* sums) {
+  for (; depth > kPanelDepth; depth -= kPanelDepth, left += kPanelDepth * ld) {
+    add_over_depth(left, ld, rows, kPanelDepth, sums);
+  }
   constexpr int kChains = 4; // to hide the latency of an addition
   for (int64_t i = 0; i < rows; i += Vector::kLanes) {
     const auto count = static_cast<int>(std::min<int64_t>(rows - i, Vector::kLanes));
@@ -27,7 +32,11 @@ void add_over_depth(const T* left, int64_t ld, int64_t rows, int64_t depth, floa
       chains[0] = chains[0] + load_partial(left + p * ld + i, count);
     }
     const auto total = (chains[0] + chains[1]) + (chains[2] + chains[3]);
-    store_partial(load_partial(sums + i, count) + total, sums + i, count);
+    float totals[Vector::kLanes];
+    Vector::store(total, totals);
+    for (int lane = 0; lane < count; ++lane) {
+      sums[i + lane] += totals[lane];
+    }
   }
 }
 

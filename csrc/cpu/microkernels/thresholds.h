@@ -23,8 +23,8 @@ constexpr int64_t kLongRow = 4096;
 
 /// Up to this many rows, the right operand is reused too little to be worth packing.
 constexpr int64_t kFewRows = 2;
-/// Up to this many, if sums are at least this long.
-constexpr int64_t kSomeRows = 8, kLongDots = 128;
+/// Up to this many, if sums are so long, and no longer: rows of half types are converted whole.
+constexpr int64_t kSomeRows = 8, kLongDots = 128, kLongestDots = 1 << 14;
 /// The same up to this many terms of a sum, in results of this many columns.
 constexpr int64_t kShallow = 4, kWide = 512;
 

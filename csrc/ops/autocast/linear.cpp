@@ -1,6 +1,8 @@
 // Autocast: blockdiag::linear computes in autocast's dtype. The backward ops need no rule: they run in the dtypes of the
 // forward pass, inside and outside of autocast regions.
 #include "include/blockdiag.h"
+#include "ops/product.h"
+#include "scalar_type.h"
 
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
@@ -30,9 +32,9 @@ at::Tensor autocast_linear(
     return blockdiag::linear(input, weight, bias, out_dtype);
   }
   const auto dtype = at::autocast::get_autocast_dtype(device_type);
-  // The CPU's kernels convert as they read and write. On CUDA, casts that are cached until the context ends are better
-  // than the op's own, as long as the default libraries do not convert.
-  if (device_type == at::kCPU && takes(dtype, {&input, &weight, bias ? &*bias : &weight})) {
+  // Libraries that convert as they read and write need no casts. For others, casts that are cached until the context
+  // ends are better than the op's own.
+  if (takes(dtype, {&input, &weight, bias ? &*bias : &weight}) && converts(device_type, find_dtype(dtype).value())) {
     return blockdiag::linear(input, weight, bias, dtype);
   }
   // As autocast casts the arguments of torch.nn.functional.linear.

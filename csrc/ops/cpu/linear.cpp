@@ -34,6 +34,12 @@ std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
   return compute_linear_weight_bias_grad(grad_output, input, weight_sizes, out_dtype, backend());
 }
 
+bool converts(DType half) {
+  return backend().preferred_takes({.gemm = {}, .dtype = half, .epilogue = {}, .float32 = {.a = true}});
+}
+
+const bool registered = register_converts(at::kCPU, converts);
+
 } // namespace
 } // namespace blockdiag::cpu
 
