@@ -23,7 +23,7 @@ EXCLUDED = [
     "tests/test_compile.py::test_modes[cuda-reduce-overhead]",
     "tests/test_compile.py::test_modes[cuda-max-autotune]",
     "tests/test_compile.py::test_neighbors_are_fused[cuda]",
-    "tests/test_mixed_dtypes.py::test_compile[cuda",  # and all that begin so
+    "tests/test_mixed_dtypes_traced.py::test_compile[cuda",  # and all that begin so
     # Minutes, and 4 GiB: check_host.py does that with untouched memory.
     "tests/test_cuda.py::TestDevice::test_more_than_two_to_the_31_elements",
 ]
@@ -63,7 +63,7 @@ def test_tuning():
 @pytest.mark.parametrize("library", ["cublas", "cublaslt", "small_blocks"])
 def test_values(library):
     """All GPU tests; with the other libraries, only those of the op."""
-    files = ["linear", "random", "autograd", "autocast", "mixed_dtypes", "cuda", "memory"]
+    files = ["linear", "random", "autograd", "autocast", "mixed_dtypes", "mixed_dtypes_traced", "cuda", "memory"]
     paths = ["tests"] if library == "cublas" else [f"tests/test_{name}.py" for name in files]
     excluded = [argument for test in EXCLUDED for argument in ("--deselect", test)]
     last = run_on_fake("-m", "cuda", *excluded, *paths, BLOCKDIAG_CUDA_GEMM=library)
