@@ -267,7 +267,8 @@ def test_forward_mode(half, device):
 @pytest.fixture
 def without_kernels():
     """Libraries that do not convert."""
-    before = blockdiag.backends.cpu.preferred_blas_library("aten")
+    before = blockdiag.backends.cpu.preferred_blas_library()
+    blockdiag.backends.cpu.preferred_blas_library("aten")
     yield
     blockdiag.backends.cpu.preferred_blas_library(before)
 
