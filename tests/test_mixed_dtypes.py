@@ -143,8 +143,8 @@ def test_nothing_of_the_tensors_sizes_is_allocated(half, device):
     assert peak <= result_bytes(*grads) + allowed_beside_results(device)
 
 
-def test_small_tensors_are_not_copied_either(device):
-    """warm_up and the limits of test_memory.py leave room for a tile's scratch memory; here there is no tile."""
+def test_one_row_allocates_the_output_alone(device):
+    """Not even scratch memory for a tile, which the limits of test_memory.py leave room for."""
     if not converts(device, torch.float16):
         pytest.skip("operands are cast here")
     input, weight, _ = mixed(Problem((1,), 64, 512, 512), (torch.float16, torch.float32, torch.float32), device)

@@ -197,8 +197,8 @@ c10::DimVector as_ints(c10::SymIntArrayRef sizes) {
   return {ints.begin(), ints.end()};
 }
 
-/// The product of placed operands, in the terms of describe_product. It is computed in their half type, if there is
-/// one, which those of out_dtype then need not have.
+/// The product of placed operands. Without an `out_dtype`, all have one dtype. With it, the product is computed in the
+/// half type of an operand or of the result, if there is one, and Float32 marks those that are float32.
 Product describe(
     const Gemm& gemm, Placed a, Placed b, at::Tensor bias, std::optional<at::ScalarType> out_dtype,
     c10::DimVector result_sizes

@@ -1,7 +1,8 @@
 // Crossover points between algorithms, and the sizes of tiles and panels.
 //
 // Tuned on a 2-core AMD EPYC (Zen 5) with AVX-512; benchmarks/results has the times there, and of that CPU
-// limited to AVX2. A value that names no instruction set serves both.
+// limited to AVX2. What concerns prefetching, and kSomeRows, were tuned on Zen 3, with AVX2. A value that names no
+// instruction set serves both.
 #pragma once
 
 #include "cpu/simd/vector.h"
