@@ -286,8 +286,9 @@ def _cuda_gemm(library: str, tuned: bool = False, split_rows: int | None = None)
             extension.small_blocks_split_rows(rows_before)
 
 
-# More contestants: ours on CUDA, not computed by the default library.
+# More contestants: ours on CUDA, computed by one library whatever the default is.
 CUDA_VARIANTS: dict[str, Callable[[], AbstractContextManager]] = {
+    "ours_cublas": lambda: _cuda_gemm("cublas"),
     "ours_lt": lambda: _cuda_gemm("cublaslt"),
     "ours_tuned": lambda: _cuda_gemm("cublaslt", tuned=True),
     "ours_small": lambda: _cuda_gemm("small_blocks"),

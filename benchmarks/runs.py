@@ -95,8 +95,8 @@ def speedup(case: Case, of: str, over: str) -> float:
 
 
 def best_other(case: Case, ours: str = "ours") -> str | None:
-    """The fastest contestant other than ours and its variants, relative to one of these."""
-    others = [name for name in times_of(case) if name not in OURS]
+    """The fastest contestant other than ours and its variants, relative to one of these; None if either is missing."""
+    others = [name for name in times_of(case) if name not in OURS and ours in times_of(case)]
     return min(others, key=lambda name: speedup(case, ours, name), default=None)
 
 

@@ -94,10 +94,10 @@ def test_what_compute_sanitizer_runs():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:-1] == [
-        "small_blocks: 36 layers checked",
-        "cublas: 54 layers checked",
-        "cublaslt: 54 layers checked",
-        "tuned: 6 layers checked",
+        "small_blocks: 48 layers checked",
+        "cublas: 66 layers checked",
+        "cublaslt: 66 layers checked",
+        "tuned: 8 layers checked",
     ]
 
 
