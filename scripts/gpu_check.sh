@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Checks and times blockdiag on a machine with an NVIDIA GPU, without a network: scripts/gpu_check.sh OUT_DIR PART
 #
-#   first              up to 270 s: which libraries are correct, which should be the default, and the tests by each library
-#   second [FAILURES]  up to 320 s: the tests that failed in first, from its failures.txt; compute-sanitizer on our own
-#                      kernels; the benchmark that the goals need
+#   first              up to 270 s: which libraries are correct, which should be the default, the tests by each library,
+#                      and compute-sanitizer on our own kernels
+#   second [FAILURES]  up to 320 s: the tests that failed in first, from its failures.txt, and the benchmark that the
+#                      goals need
 #   time SUITE...      up to 440 s: further suites, named as for python -m benchmarks --suites
 #
 # Uses the module in build/gpu if it matches (scripts/gpu_build.sh), or builds one, which takes a minute of the first
@@ -11,7 +12,7 @@
 # setuptools. A step is killed at its limit, and a step that fails does not stop the others. All of them write as they
 # go. Leaves at most 8 files in OUT_DIR:
 #
-#   report.txt         build, versions, devices, driver     subset.log, tests*.log   as printed
+#   report.txt         build, versions, devices, driver     subset.log, tests.log   as printed
 #   decision.txt       the winner of each problem, and the rule's verdict; from decision.json
 #   failures.txt       every failed test with its library and traceback
 #   timing.log         the tables       goals.txt   which goals are met, for each variant of ours; from the other JSON files
@@ -124,49 +125,58 @@ benchmark() { # SECONDS NAME ARGUMENT...: INT is Ctrl-C, and keeps what was meas
 
 libraries=(cublas cublaslt small_blocks)
 
+sanitize() { # LIMIT TOOL
+  # torch's cache would hide out-of-bounds reads, as tensors lie side by side in it. Calls by which torch probes the
+  # driver fail as they should. cuBLAS's kernels are NVIDIA's to check.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 beside "$1" tests.log "$2" "$sanitizer" --tool "$2" --error-exitcode 9 \
+    --report-api-errors no --target-processes application-only --launch-timeout 60 --kernel-name kns=blockdiag \
+    python3 tests/gpu_subset.py small_blocks cublaslt
+}
+
 first() {
-  local library subset=(small_blocks cublas cublaslt tuned) wrong=()
+  local library tool folder sanitizer subset=(small_blocks cublas cublaslt tuned) tools=()
   for library in "${subset[@]}"; do
     beside 45 subset.log "$library" python3 tests/gpu_subset.py "$library"
   done
   join subset.log "${subset[@]}"
   # A library that is wrong, or loses the device, would spoil the timing of all others.
   right() { [ "$(cat "$work/status-$1")" = 0 ]; }
-  right cublas || wrong+=(ours)
+  local wrong=(ours) # the default, which is one of the others
+  right cublas || wrong+=(ours_cublas)
   right cublaslt || wrong+=(ours_lt ours_tuned)
   right tuned || wrong+=(ours_tuned)
   right small_blocks || wrong+=(ours_small ours_unsplit)
-  [ ${#wrong[@]} = 0 ] || wrong=(--exclude "${wrong[@]}")
-
-  benchmark "$(at_most 110)" decision --modes graph "${wrong[@]}" --suites \
-    decision:float16 decision_large:bfloat16 decision_split:float16 decision:amp-float16
+  benchmark "$(at_most 110)" decision --modes graph --exclude "${wrong[@]}" --suites \
+    decision:amp-float16 decision_large:bfloat16 decision_split:float16 decision:float16
   mv "$out/timing.log" "$out/decision.txt"
   python3 -m benchmarks --decide "$out/decision.json" >>"$out/decision.txt" 2>&1
   sed -n '/^of  /,$p' "$out/decision.txt"
 
   # cuBLAS computes float64 and complex types whatever is chosen, and most of test_cuda.py chooses by itself.
-  local rest=$(($(left) - 5)) of_op=(tests/test_{linear,random,autocast,memory}.py)
+  local rest=$(($(left) - 5)) of_op=(tests/test_{linear,random,autocast,mixed_dtypes,memory}.py)
   [ "$rest" -gt 15 ] || rest=15
-  tests "$rest" cublas tests-cublas.log 8 tests/test_{linear,cuda,random,autograd}.py tests
-  for library in cublaslt small_blocks; do
-    tests "$rest" "$library" "tests-$library.log" 4 -k "not float64 and not complex" "${of_op[@]}" \
+  tests "$rest" cublaslt tests.log 6 tests/test_{linear,mixed_dtypes,cuda,random,autograd}.py tests
+  for library in cublas small_blocks; do
+    tests "$rest" "$library" tests.log 3 -k "not float64 and not complex" "${of_op[@]}" \
       tests/test_cuda.py::TestDevice::test_{tf32_is_used_only_if_allowed,more_than_two_to_the_31_elements}
   done
-  for library in "${libraries[@]}"; do
-    join "tests-$library.log" "$library"
-  done
-}
 
-sanitize() { # LIMIT TOOL
-  # torch's cache would hide out-of-bounds reads, as tensors lie side by side in it. Calls by which torch probes the
-  # driver fail as they should. cuBLAS's kernels are NVIDIA's to check.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 beside "$1" tests.log "$2" "$sanitizer" --tool "$2" --error-exitcode 9 \
-    --report-api-errors no --target-processes application-only --launch-timeout 60 --kernel-name kns=blockdiag \
-    python3 tests/gpu_subset.py small_blocks
+  for folder in "" "${CUDA_HOME:-/usr/local/cuda}/bin/" "${CUDA_HOME:-/usr/local/cuda}/compute-sanitizer/"; do
+    sanitizer=$(command -v "${folder}compute-sanitizer") && break
+  done
+  if [ -n "$sanitizer" ]; then
+    tools=(memcheck racecheck synccheck)
+    for tool in "${tools[@]}"; do
+      sanitize "$rest" "$tool"
+    done
+  else
+    echo "== not run: there is no compute-sanitizer here" | tee -a "$out/report.txt"
+  fi
+  join tests.log "${libraries[@]}" "${tools[@]}"
 }
 
 second() {
-  local library tool folder sanitizer ran=()
+  local library ran=()
   echo "$failures_of_first" >"$work/rerun"
   for library in "${libraries[@]}"; do
     mapfile -t files < <(sed -n "s/^FAILED $library \([^:]*\).*/\1/p" "$work/rerun" | sort -u | xargs -r ls -d 2>/dev/null)
@@ -176,18 +186,6 @@ second() {
     fi
   done
   join tests.log "${ran[@]}"
-
-  for folder in "" "${CUDA_HOME:-/usr/local/cuda}/bin/" "${CUDA_HOME:-/usr/local/cuda}/compute-sanitizer/"; do
-    sanitizer=$(command -v "${folder}compute-sanitizer") && break
-  done
-  if [ -n "$sanitizer" ]; then
-    for tool in memcheck racecheck synccheck; do
-      sanitize 90 "$tool"
-    done
-    join tests.log memcheck racecheck synccheck
-  else
-    echo "== not run: there is no compute-sanitizer here" | tee -a "$out/report.txt"
-  fi
 
   # CUDA graphs show which is fastest; eager mode shows what a user waits for, and memory.
   benchmark $(($(left) * 6 / 10)) core --modes graph --suites \

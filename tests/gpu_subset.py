@@ -1,12 +1,13 @@
 """A few layers, forward and backward, on a GPU with each library, against the reference: for compute-sanitizer.
 
-Blocks smaller than a tile, one block, one row, a batch summed in parts, and a bias that is not aligned to vectors. Few
-and small, as kernels run many times slower there.
+Blocks smaller than a tile, one block, one row, a batch summed in parts, a bias that is not aligned to vectors, and
+float32 tensors under autocast. Few and small, as kernels run many times slower there.
 
 Run: PYTHONPATH=. python tests/gpu_subset.py [small_blocks] [cublas] [cublaslt] [tuned]
 """
 
 import sys
+from functools import partial
 
 import torch
 
@@ -37,7 +38,16 @@ def run_all(problems: list[Problem], dtypes: tuple[torch.dtype, ...]) -> int:
             for each in (None, bias, unaligned):
                 check(torch.ops.blockdiag.linear, input, weight, each, grad_output)
                 checked += 1
+            if dtype != torch.float32:
+                tensors = make(problem, torch.float32, "cuda")
+                check(partial(under_autocast, dtype), *tensors, grad_output, dtype=dtype, rounded=dtype)
+                checked += 1
     return checked
+
+
+def under_autocast(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cuda", dtype):
+        return torch.ops.blockdiag.linear(*tensors)
 
 
 def run_library(name: str) -> int:

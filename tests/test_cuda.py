@@ -76,7 +76,7 @@ class TestBuild:
                 in result.stderr
             )
         else:
-            assert result.stdout.strip() == (gemm or "cublas"), result.stderr
+            assert result.stdout.strip() == (gemm or "cublaslt"), result.stderr
 
 
 # In a separate process, to count its calls. `bias[1:]` is not aligned to eight bytes.

@@ -11,7 +11,7 @@ Providers& backend() {
           {"cublaslt", cublaslt_takes, cublaslt_run},
           {"cublas", cublas_takes, cublas_run},
       },
-      "BLOCKDIAG_CUDA_GEMM", "cublas"
+      "BLOCKDIAG_CUDA_GEMM", "cublaslt"
   );
   return providers;
 }

@@ -47,10 +47,11 @@ class ReductionMode {
   bool disallow_;
 };
 
-/// 1 or 0 in every type of alpha and beta: the compute type, real or complex.
+/// 1 or 0 in every type of alpha and beta: the compute type, real or complex. Aligned as CUDA's complex types: cuBLAS's
+/// code for vectors loads them at once.
 struct Scalar {
-  float as_float[2];
-  double as_double[2];
+  alignas(8) float as_float[2];
+  alignas(16) double as_double[2];
 
   explicit Scalar(int value) : as_float{static_cast<float>(value), 0}, as_double{static_cast<double>(value), 0} {}
 
@@ -59,24 +60,27 @@ struct Scalar {
   }
 };
 
-/// Writes the bias to each column of C, before the product is added: no second pass over the result, and no rounding
-/// between product and bias.
+/// Writes the bias to each column of C, before the product is added: no second pass over the result. Some kernels of
+/// cuBLAS round a product of half types before they add it, as they do for torch.baddbmm.
 void write_bias(const GemmProblem& problem, const Operands& operands) {
   const auto& [m, n, k, batch, a, b, c] = problem.gemm;
   const at::Device device(at::kCUDA, c10::cuda::current_device());
-  const auto tensor = [&](const void* data, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  const auto tensor = [&](const void* data, DType dtype, at::IntArrayRef sizes, at::IntArrayRef strides) {
     return at::for_blob(const_cast<void*>(data), sizes)
         .strides(strides)
-        .options(at::device(device).dtype(scalar_type_of(problem.dtype)))
+        .options(at::device(device).dtype(scalar_type_of(dtype)))
         .target_device(device) // saves a query of the pointer's device
         .make_tensor();
   };
-  tensor(operands.c, {n, batch, m}, {c.ld, c.stride, 1}).copy_(tensor(operands.bias, {batch, m}, {m, 1}));
+  tensor(operands.c, dtype_of_c(problem), {n, batch, m}, {c.ld, c.stride, 1})
+      .copy_(tensor(operands.bias, problem.dtype, {batch, m}, {m, 1}));
 }
 
 } // namespace
 
-bool cublas_takes(const GemmProblem& problem) { return !problem.epilogue.bias_grad && !problem.float32.any(); }
+bool cublas_takes(const GemmProblem& problem) {
+  return !problem.epilogue.bias_grad && operands_are_of_one_type(problem.float32);
+}
 
 bool cublas_run(const GemmProblem& problem, const Operands& operands) {
   const auto& gemm = problem.gemm;
@@ -91,6 +95,7 @@ bool cublas_run(const GemmProblem& problem, const Operands& operands) {
   const ReductionMode reduction_mode(handle, mode, problem.dtype);
   const bool tf32 = (mode & CUBLAS_TF32_TENSOR_OP_MATH) == CUBLAS_TF32_TENSOR_OP_MATH;
   const auto [data, compute] = types_of(problem.dtype, tf32);
+  const auto data_c = types_of(dtype_of_c(problem), tf32).data;
 
   const auto trans_a = gemm.a.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
   const auto trans_b = gemm.b.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -102,20 +107,20 @@ bool cublas_run(const GemmProblem& problem, const Operands& operands) {
     // The batched function is slower here (pytorch#114911).
     const auto status = cublasGemmEx(
         handle, trans_a, trans_b, m, n, k, one.as(compute), operands.a, data, lda, operands.b, data, ldb,
-        beta.as(compute), operands.c, data, ldc, compute, CUBLAS_GEMM_DEFAULT
+        beta.as(compute), operands.c, data_c, ldc, compute, CUBLAS_GEMM_DEFAULT
     );
     check_status(status, "cublasGemmEx", problem);
     return true;
   }
   // Batched kernels index blocks with a grid dimension of at most 65535.
   constexpr int64_t kMaxBatch = 65535;
-  const int64_t bytes = size_of(problem.dtype);
+  const int64_t bytes = size_of(problem.dtype), bytes_c = size_of(dtype_of_c(problem));
   for (int64_t start = 0; start < gemm.batch; start += kMaxBatch) {
     const auto status = cublasGemmStridedBatchedEx(
         handle, trans_a, trans_b, m, n, k, one.as(compute),
         static_cast<const char*>(operands.a) + start * gemm.a.stride * bytes, data, lda, gemm.a.stride,
         static_cast<const char*>(operands.b) + start * gemm.b.stride * bytes, data, ldb, gemm.b.stride,
-        beta.as(compute), static_cast<char*>(operands.c) + start * gemm.c.stride * bytes, data, ldc, gemm.c.stride,
+        beta.as(compute), static_cast<char*>(operands.c) + start * gemm.c.stride * bytes_c, data_c, ldc, gemm.c.stride,
         static_cast<int>(std::min(kMaxBatch, gemm.batch - start)), compute, CUBLAS_GEMM_DEFAULT
     );
     check_status(status, "cublasGemmStridedBatchedEx", problem);

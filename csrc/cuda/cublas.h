@@ -34,6 +34,12 @@ inline Types types_of(DType dtype, bool tf32) {
   }
 }
 
+/// The dtype of C, which may be float32 beside operands of a half type.
+inline DType dtype_of_c(const GemmProblem& problem) { return problem.float32.c ? DType::kFloat32 : problem.dtype; }
+
+/// Whether cuBLAS multiplies the operands as they are.
+inline bool operands_are_of_one_type(const Float32& float32) { return !float32.a && !float32.b && !float32.bias; }
+
 /// The allowed reductions of a dtype's products:
 /// torch.backends.cuda.matmul.allow_{fp16,bf16}_reduced_precision_reduction.
 inline at::CuBLASReductionOption reduction_option(DType dtype) {

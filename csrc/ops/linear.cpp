@@ -273,16 +273,19 @@ Product lower_linear_weight_grad(
 
 namespace {
 
-/// Computes the product that `lower(cast, out_dtype)` describes, where `cast` is to be applied to each tensor: it casts
-/// to out_dtype if no provider takes the tensors as they are.
+/// The product that `lower(tensors, out_dtype)` describes, of cast tensors if no provider takes these: of the half type,
+/// unless no provider has a float32 result of these.
 template <typename Lower>
-at::Tensor compute_or_cast(const Lower& lower, std::optional<at::ScalarType> out_dtype, const Providers& backend) {
-  const auto product = lower([](const at::Tensor& tensor) -> const at::Tensor& { return tensor; }, out_dtype);
+Product lower_or_cast(
+    const Lower& lower, Tensors tensors, std::optional<at::ScalarType> out_dtype, const Providers& backend
+) {
+  auto product = lower(tensors, out_dtype);
   if (takes(backend, product)) {
-    return compute(product, backend);
+    return product;
   }
-  const auto cast = [&](const at::Tensor& tensor) { return tensor.to(*out_dtype); };
-  return compute(lower(cast, std::nullopt), backend);
+  const bool narrow = takes_if_cast(backend, product);
+  cast(tensors, narrow ? scalar_type_of(product.problem.dtype) : *out_dtype);
+  return lower(tensors, narrow ? out_dtype : std::nullopt);
 }
 
 } // namespace
@@ -291,30 +294,30 @@ at::Tensor compute_linear(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     std::optional<at::ScalarType> out_dtype, const Providers& backend
 ) {
-  const auto lower = [&](const auto& cast, auto dtype) {
-    return lower_linear(cast(input), cast(weight), bias ? std::optional(cast(*bias)) : std::nullopt, dtype);
+  const auto lower = [&](const Tensors& tensors, auto dtype) {
+    return lower_linear(tensors[0], tensors[1], bias ? std::optional(tensors[2]) : std::nullopt, dtype);
   };
-  return compute_or_cast(lower, out_dtype, backend);
+  return compute(lower_or_cast(lower, {input, weight, bias.value_or(at::Tensor())}, out_dtype, backend), backend);
 }
 
 at::Tensor compute_linear_input_grad(
     const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes,
     std::optional<at::ScalarType> out_dtype, const Providers& backend
 ) {
-  const auto lower = [&](const auto& cast, auto dtype) {
-    return lower_linear_input_grad(cast(grad_output), cast(weight), input_sizes, dtype);
+  const auto lower = [&](const Tensors& tensors, auto dtype) {
+    return lower_linear_input_grad(tensors[0], tensors[1], input_sizes, dtype);
   };
-  return compute_or_cast(lower, out_dtype, backend);
+  return compute(lower_or_cast(lower, {grad_output, weight}, out_dtype, backend), backend);
 }
 
 at::Tensor compute_linear_weight_grad(
     const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
     std::optional<at::ScalarType> out_dtype, const Providers& backend
 ) {
-  const auto lower = [&](const auto& cast, auto dtype) {
-    return lower_linear_weight_grad(cast(grad_output), cast(input), weight_sizes, dtype);
+  const auto lower = [&](const Tensors& tensors, auto dtype) {
+    return lower_linear_weight_grad(tensors[0], tensors[1], weight_sizes, dtype);
   };
-  return compute_or_cast(lower, out_dtype, backend);
+  return compute(lower_or_cast(lower, {grad_output, input}, out_dtype, backend), backend);
 }
 
 at::Tensor bias_grad(
@@ -354,15 +357,16 @@ std::tuple<at::Tensor, at::Tensor> compute_linear_weight_bias_grad(
     const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes,
     std::optional<at::ScalarType> out_dtype, const Providers& backend
 ) {
-  auto product = lower_linear_weight_grad(grad_output, input, weight_sizes, out_dtype);
+  const auto lower = [&](const Tensors& tensors, auto dtype) {
+    return lower_linear_weight_grad(tensors[0], tensors[1], weight_sizes, dtype);
+  };
+  auto product = lower_or_cast(lower, {grad_output, input}, out_dtype, backend);
   product.problem.epilogue.bias_grad = true;
   if (auto grads = compute_with_bias_grad(product, backend)) {
     return std::move(*grads);
   }
   product.problem.epilogue.bias_grad = false;
-  auto weight_grad = takes(backend, product)
-                         ? compute(product, backend)
-                         : compute_linear_weight_grad(grad_output, input, weight_sizes, out_dtype, backend);
+  auto weight_grad = compute(product, backend);
   const bool stacked = is_stacked(input.sym_sizes(), weight_sizes);
   auto sum = bias_grad(grad_output, stacked, /*bias_stacked=*/stacked, weight_sizes, out_dtype);
   const auto& gemm = product.problem.gemm;

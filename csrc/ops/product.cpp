@@ -66,22 +66,40 @@ Placed place(const at::Tensor& tensor, const std::optional<Blocks>& blocks, cons
 
 namespace {
 
-std::array<Converts, at::COMPILE_TIME_MAX_DEVICE_TYPES> converts_by_device{};
+std::array<Mixing, at::COMPILE_TIME_MAX_DEVICE_TYPES> mixing_by_device{};
+
+const Mixing& mixing_of(at::DeviceType device) { return mixing_by_device[static_cast<size_t>(device)]; }
 
 } // namespace
 
-bool register_converts(at::DeviceType device, Converts function) {
-  converts_by_device[static_cast<size_t>(device)] = function;
+bool register_mixing(at::DeviceType device, Mixing mixing) {
+  mixing_by_device[static_cast<size_t>(device)] = mixing;
   return true;
 }
 
 bool converts(at::DeviceType device, DType half) {
-  const auto function = converts_by_device[static_cast<size_t>(device)];
+  const auto function = mixing_of(device).converts;
   return function != nullptr && function(half);
+}
+
+void cast(Tensors& tensors, at::ScalarType dtype) {
+  if (const auto at_once = mixing_of(tensors[0].device().type()).cast) {
+    at_once(tensors, dtype);
+    return;
+  }
+  for (auto& tensor : tensors) {
+    tensor = tensor.defined() ? tensor.to(dtype) : tensor;
+  }
 }
 
 bool takes(const Providers& backend, const Product& product) {
   return !product.problem.float32.any() || is_empty(product.problem.gemm) || backend.take(product.problem);
+}
+
+bool takes_if_cast(const Providers& backend, const Product& product) {
+  auto problem = product.problem;
+  problem.float32 = {.c = problem.float32.c};
+  return backend.take(problem);
 }
 
 at::Tensor compute(const Product& product, const Providers& backend) {

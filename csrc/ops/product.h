@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/DimVector.h>
 
+#include <array>
 #include <optional>
 #include <utility>
 
@@ -30,14 +31,29 @@ struct Placed {
 /// `tensor` if BLAS can address its `blocks` (nothing if they have no constant strides), or else a contiguous copy.
 Placed place(const at::Tensor& tensor, const std::optional<Blocks>& blocks, const Blocks& contiguous);
 
-/// Whether the device's preferred library computes with float32 matrices beside those of a half type. Where it does not,
-/// autocast had better cast. The dispatch key of a backend with such libraries registers the answer.
-using Converts = bool (*)(DType half);
+/// The tensors of one product; some may be undefined.
+using Tensors = std::array<at::Tensor, 3>;
+
+/// What the dispatch key of a backend registers about float32 tensors beside those of a half type.
+struct Mixing {
+  /// Whether autocast should leave its casts to the op, which may not need them.
+  bool (*converts)(DType half);
+  /// Casts the tensors at once; one by one if null.
+  void (*cast)(Tensors& tensors, at::ScalarType dtype) = nullptr;
+};
+bool register_mixing(at::DeviceType device, Mixing mixing);
+
+/// Mixing's answer; false for a device that registered none.
 bool converts(at::DeviceType device, DType half);
-bool register_converts(at::DeviceType device, Converts function);
+
+/// Casts those that are defined.
+void cast(Tensors& tensors, at::ScalarType dtype);
 
 /// Whether a provider takes the product as it is. Some take no problem with float32 matrices beside half ones.
 bool takes(const Providers& backend, const Product& product);
+
+/// Whether a provider takes the product once its operands are cast to its half type; the result may be float32.
+bool takes_if_cast(const Providers& backend, const Product& product);
 
 /// Allocates the result and computes it. A provider has to take it.
 at::Tensor compute(const Product& product, const Providers& backend);

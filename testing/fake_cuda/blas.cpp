@@ -43,7 +43,7 @@ cublasStatus_t gemm(cublasHandle_t handle, Product product, cublasComputeType_t 
   if (!is_consistent(product)) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
-  if (!scale_of(product.d.type, compute, &product.scale) || product.batch > 65535) {
+  if (!scale_of(product.a.type, compute, &product.scale) || product.batch > 65535) {
     return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   if (found.pointers != CUBLAS_POINTER_MODE_HOST) {

@@ -82,14 +82,42 @@ def test_forward_is_one_gemm(bias):
     assert calls(lambda: blockdiag.linear(*tensors)) == [*before, GEMM]
 
 
-def test_backward_is_two_gemms_and_a_sum():
+def test_backward_is_two_gemms():
+    """cuBLASLt's also sums the bias's gradient, but not in an undocumented order where the order matters."""
     tensors = operands(Problem((6,), 3, 5, 4))
     output = blockdiag.linear(*tensors)
     grad_output = torch.randn_like(output)
-    gradients(output, tensors, grad_output)
-    assert calls(lambda: gradients(output, tensors, grad_output)) == [GEMM, GEMM, "aten::sum.dim_IntList"]
+    for some in (tensors, tensors[1:2]):
+        gradients(output, some, grad_output)
+    separate = [GEMM, GEMM, "aten::sum.dim_IntList"]
+    assert calls(lambda: gradients(output, tensors, grad_output)) == separate[: 2 if LT else 3]
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients(output, tensors, grad_output)
+        assert calls(lambda: gradients(output, tensors, grad_output)) == separate
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert calls(lambda: gradients(output, tensors[:1], grad_output)) == [GEMM]
     assert calls(lambda: gradients(output, tensors[1:2], grad_output)) == [GEMM]
+
+
+def test_autocast_casts_at_once():
+    """The float32 operands of each product in one launch, and no gradient."""
+    tensors = operands(Problem((6,), 3, 5, 4))
+    separate = [] if LT else ["aten::sum.dim_IntList"]
+
+    def forward():
+        with torch.autocast("cuda"):
+            return blockdiag.linear(*tensors)
+
+    grad_output = torch.randn_like(forward())
+    gradients(forward(), tensors, grad_output)
+    seen = calls(lambda: gradients(forward(), tensors, grad_output))
+    assert seen == ["kernel", *([] if LT else ["aten::copy_"]), GEMM, "kernel", GEMM, "kernel", GEMM, *separate]
+    tensors[0] = tensors[0].detach().half().requires_grad_()
+    gradients(forward(), tensors, grad_output)
+    seen = calls(lambda: gradients(forward(), tensors, grad_output))
+    assert seen == ["kernel", *([] if LT else ["aten::copy_"]), GEMM, "kernel", GEMM, GEMM, *separate]
 
 
 def test_one_block_is_no_batch():

@@ -1,9 +1,14 @@
 // Copies, kernels, and the driver functions that torch looks up.
 #include "fake.h"
 
+#include "cuda/kernels/cast.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <cxxabi.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <cstring>
@@ -29,8 +34,29 @@ std::string name_of(const void* function) {
   return name;
 }
 
-/// No kernel can run here. A spin kernel passes, and with the options that compute nothing all do.
-cudaError_t launch(const void* function, cudaStream_t stream) {
+template <typename T>
+Work cast_as(const blockdiag::cuda::Casts& casts) {
+  return [casts] {
+    for (const auto& [from, to, elements] : casts) {
+      std::copy_n(from, elements, static_cast<T*>(to));
+    }
+  };
+}
+
+/// blockdiag's kernel that casts, whose memory is checked.
+Work bind_cast(const std::string& name, const blockdiag::cuda::Casts& casts, int device) {
+  for (const auto& [from, to, elements] : casts) {
+    const auto begin = reinterpret_cast<uintptr_t>(from), result = reinterpret_cast<uintptr_t>(to);
+    if (elements > 0) {
+      check_range("cast: from", begin, begin + elements * sizeof(float), device);
+      check_range("cast: to", result, result + elements * sizeof(c10::Half), device);
+    }
+  }
+  return name.find("BFloat16") != std::string::npos ? cast_as<c10::BFloat16>(casts) : cast_as<c10::Half>(casts);
+}
+
+/// No other kernel can run here. A spin kernel passes, and with the options that compute nothing all do.
+cudaError_t launch(const void* function, void** arguments, cudaStream_t stream) {
   if (do_nothing) {
     return cudaSuccess;
   }
@@ -41,6 +67,10 @@ cudaError_t launch(const void* function, cudaStream_t stream) {
     fail("the kernel " + name + " on a stream of another device");
   }
   log("kernel " + name);
+  if (name.find("cast_kernel") != std::string::npos && !dry) {
+    enqueue(found, 1, bind_cast(name, *static_cast<const blockdiag::cuda::Casts*>(arguments[0]), found.device));
+    return cudaSuccess;
+  }
   if (!dry && name.find("spin_kernel") == std::string::npos) {
     fail("the kernel " + name + " cannot run: aten.py has to compute its ATen op");
   }
@@ -142,16 +172,19 @@ FAKE_EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* functi
   return cudaSuccess;
 }
 
-FAKE_EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void**, size_t, cudaStream_t stream) {
-  return launch(kernel, stream);
+FAKE_EXPORT cudaError_t
+__cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void** arguments, size_t, cudaStream_t stream) {
+  return launch(kernel, arguments, stream);
 }
 
-FAKE_EXPORT cudaError_t cudaLaunchKernel(const void* function, dim3, dim3, void**, size_t, cudaStream_t stream) {
-  return launch(function, stream);
+FAKE_EXPORT cudaError_t
+cudaLaunchKernel(const void* function, dim3, dim3, void** arguments, size_t, cudaStream_t stream) {
+  return launch(function, arguments, stream);
 }
 
-FAKE_EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const void* function, void**) {
-  return launch(function, configuration->stream);
+FAKE_EXPORT cudaError_t
+cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const void* function, void** arguments) {
+  return launch(function, arguments, configuration->stream);
 }
 
 FAKE_EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {

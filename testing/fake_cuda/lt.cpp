@@ -109,10 +109,12 @@ Described describe(
     default:
       fail("an epilogue that is not faked");
   }
-  const bool half = p.d.type == CUDA_R_16F || p.d.type == CUDA_R_16BF;
+  // A bias beside operands of a half type and a float32 result: the documentation does not say.
+  const bool half = p.a.type == CUDA_R_16F || p.a.type == CUDA_R_16BF;
+  const bool result = p.d.type == p.a.type || (p.d.type == CUDA_R_32F && p.epilogue != Epilogue::kBias);
   const bool supported =
-      p.scale == CUDA_R_32F && ((half && compute == CUBLAS_COMPUTE_32F) ||
-                                (p.d.type == CUDA_R_32F && (compute == CUBLAS_COMPUTE_32F || p.tf32)));
+      p.scale == CUDA_R_32F && ((half && result && compute == CUBLAS_COMPUTE_32F) ||
+                                (p.a.type == CUDA_R_32F && (compute == CUBLAS_COMPUTE_32F || p.tf32)));
   return {p, supported};
 }
 

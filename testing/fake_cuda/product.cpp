@@ -134,17 +134,18 @@ class Bias {
   bool own_;
 };
 
-template <typename T>
+/// T: the type of A and B; D: that of C and D.
+template <typename T, typename D>
 void compute(const Product& p, typename T::Wide alpha, typename T::Wide beta) {
   using Wide = typename T::Wide;
-  const Bias<T> bias(p, p.d.type);
+  const Bias<D> bias(p, p.d.type);
   const int64_t used = p.wrong_splits > 1 ? p.k / p.wrong_splits * p.wrong_splits : p.k;
   std::vector<Wide> rows(p.m * p.k), column(p.k);
   for (int64_t g = 0; g < p.batch; ++g) {
     const T* a = static_cast<const T*>(p.a.data) + g * p.a.stride;
     const T* b = static_cast<const T*>(p.b.data) + g * p.b.stride;
-    const T* c = static_cast<const T*>(p.c.data) + g * p.c.stride;
-    T* d = static_cast<T*>(const_cast<void*>(p.d.data)) + g * p.d.stride;
+    const D* c = static_cast<const D*>(p.c.data) + g * p.c.stride;
+    D* d = static_cast<D*>(const_cast<void*>(p.d.data)) + g * p.d.stride;
     for (int64_t i = 0; i < p.m; ++i) {
       gather(a, p.a.ld, p.op_a != CUBLAS_OP_N, p.op_a == CUBLAS_OP_C, p.tf32, i, p.k, &rows[i * p.k]);
       if (p.epilogue == Epilogue::kGradA) {
@@ -164,7 +165,7 @@ void compute(const Product& p, typename T::Wide alpha, typename T::Wide beta) {
         if (p.epilogue == Epilogue::kBias) {
           value += bias.load(g * p.bias_stride + i);
         }
-        d[j * p.d.ld + i] = T::of(value);
+        d[j * p.d.ld + i] = D::of(value);
       }
     }
   }
@@ -178,19 +179,24 @@ Scalar read(const void* value) {
 }
 
 /// The product with alpha and beta by value, as their pointers may not outlive the call.
-template <typename T>
+template <typename T, typename D = T>
 Work bind(const Product& product) {
+  // cuBLAS's code for vectors loads a complex number at once, and crashes where it is less aligned.
+  if (reinterpret_cast<uintptr_t>(product.alpha) % size_of(product.scale) != 0 ||
+      reinterpret_cast<uintptr_t>(product.beta) % size_of(product.scale) != 0) {
+    fail(std::string(product.function) + ": alpha or beta is not aligned to its type");
+  }
   const auto alpha = read<typename T::Wide>(product.alpha), beta = read<typename T::Wide>(product.beta);
-  return [product, alpha, beta] { compute<T>(product, alpha, beta); };
+  return [product, alpha, beta] { compute<T, D>(product, alpha, beta); };
 }
 
 Work bind(const Product& product) {
-  const bool real = product.scale == CUDA_R_32F;
-  switch (product.d.type) {
+  const bool real = product.scale == CUDA_R_32F, widens = product.d.type == CUDA_R_32F;
+  switch (product.a.type) {
     case CUDA_R_16F:
-      return real ? bind<Half>(product) : Work();
+      return !real ? Work() : widens ? bind<Half, Exact<float>>(product) : bind<Half>(product);
     case CUDA_R_16BF:
-      return real ? bind<BFloat16>(product) : Work();
+      return !real ? Work() : widens ? bind<BFloat16, Exact<float>>(product) : bind<BFloat16>(product);
     case CUDA_R_32F:
       return real ? bind<Exact<float>>(product) : Work();
     case CUDA_R_64F:
@@ -283,8 +289,9 @@ void run(const Product& p, Stream& stream, double cost) {
     const int64_t count = (p.batch - 1) * p.bias_stride + length;
     check_range((name + ": bias").c_str(), begin, begin + count * size_of(p.bias_type), stream.device);
   }
-  if (p.a.type != p.d.type || p.b.type != p.d.type || p.c.type != p.d.type) {
-    fail(name + ": matrices of several types are not faked");
+  const bool widens = size_of(p.a.type) == 2 && p.d.type == CUDA_R_32F;
+  if (p.a.type != p.b.type || p.c.type != p.d.type || (p.a.type != p.d.type && !widens)) {
+    fail(name + ": types of matrices that are not faked");
   }
   Work work = bind(p);
   if (!work) {

@@ -1,4 +1,4 @@
-// cuBLASLt: product and epilogue in one kernel. Opt-in, as it has not run on a GPU yet.
+// cuBLASLt: product and epilogue in one kernel.
 #include "cuda/backend.h"
 #include "cuda/cublas.h"
 #include "lru_cache.h"
@@ -62,9 +62,10 @@ std::atomic<int64_t> calls{0}, left_to_cublas{0};
 
 LtProblem describe(const GemmProblem& problem, const Operands& operands) {
   const auto& [gemm, dtype, epilogue, float32] = problem;
-  const auto aligned = [&](const void* pointer, int64_t stride) {
-    return alignment(reinterpret_cast<uintptr_t>(pointer), stride * size_of(dtype), gemm.batch);
+  const auto aligned = [&](const void* pointer, int64_t stride, DType type) {
+    return alignment(reinterpret_cast<uintptr_t>(pointer), stride * size_of(type), gemm.batch);
   };
+  const auto dtype_c = dtype_of_c(problem);
   return {
       problem,
       /*device=*/c10::cuda::current_device(),
@@ -72,11 +73,11 @@ LtProblem describe(const GemmProblem& problem, const Operands& operands) {
       /*reductions=*/allowed_reductions(dtype),
       /*alignments=*/
       {
-          aligned(operands.a, gemm.a.stride),
-          aligned(operands.b, gemm.b.stride),
-          aligned(operands.c, gemm.c.stride),
-          epilogue.bias        ? aligned(operands.bias, gemm.m)
-          : epilogue.bias_grad ? aligned(operands.bias_grad, gemm.n)
+          aligned(operands.a, gemm.a.stride, dtype),
+          aligned(operands.b, gemm.b.stride, dtype),
+          aligned(operands.c, gemm.c.stride, dtype_c),
+          epilogue.bias        ? aligned(operands.bias, gemm.m, dtype_c)
+          : epilogue.bias_grad ? aligned(operands.bias_grad, gemm.n, dtype_c)
                                : 0,
       },
       /*workspace=*/static_cast<int64_t>(at::cuda::getCUDABlasLtWorkspaceSize()),
@@ -97,8 +98,6 @@ bool run(const LtProblem& problem, const Operands& operands) {
   if (tuning().used > 0 && !plan->candidates.empty()) {
     if (auto tuned = tuned_plan(handle, plan, problem, operands)) {
       plan = std::move(tuned);
-    } else if (problem.epilogue.bias_grad) {
-      return false; // the epilogue is used only where known to be faster
     }
   }
   if (plan->candidates.empty()) {
@@ -129,14 +128,15 @@ bool cublaslt_takes(const GemmProblem& problem) {
   // cuBLASLt misreads a leading dimension beyond 2^31 bytes before CUDA 13.2 (CUB-9572), and a bias of a vector before
   // 12.8 Update 1 (5104822).
   const int64_t max_ld = kBlasMax / size_of(dtype);
-  if (!(is_half(dtype) || dtype == DType::kFloat32) || float32.any() || epilogue.accumulate || gemm.batch > kMaxBatch ||
+  if (!(is_half(dtype) || dtype == DType::kFloat32) || !operands_are_of_one_type(float32) ||
+      (float32.c && epilogue.bias) || epilogue.accumulate || gemm.batch > kMaxBatch ||
       std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) > max_ld ||
       ((epilogue.bias || epilogue.bias_grad) && (gemm.m == 1 || gemm.n == 1))) {
     return false;
   }
-  // A bias gradient is fused with the weight's only when tuned, and not in deterministic mode, as the epilogue's order
-  // of summation is not documented.
-  return !epilogue.bias_grad || (tuning().used > 0 && !at::globalContext().deterministicAlgorithms());
+  // A bias gradient is not fused with the weight's in deterministic mode, as the epilogue's order of summation is not
+  // documented.
+  return !epilogue.bias_grad || !at::globalContext().deterministicAlgorithms();
 }
 
 bool cublaslt_run(const GemmProblem& problem, const Operands& operands) {

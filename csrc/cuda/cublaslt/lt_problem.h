@@ -30,6 +30,7 @@ struct LtProblem : GemmProblem {
       "stride_a",    "transpose_b", "ldb",         "stride_b",       "transpose_c", "ldc",
       "stride_c",    "device",      "dtype",       "compute_type",   "epilogue",    "reductions",
       "alignment_a", "alignment_b", "alignment_c", "alignment_bias", "workspace",   "deterministic",
+      "float32_c",
   };
 
   using Key = std::array<int64_t, kFields.size()>;
@@ -61,6 +62,7 @@ struct LtProblem : GemmProblem {
         alignments[3],
         workspace,
         deterministic,
+        float32.c,
     };
   }
 };

@@ -81,6 +81,7 @@ std::optional<Plan> make_plan(cublasLtHandle_t handle, const LtProblem& problem)
   const auto& epilogue = problem.epilogue;
   const auto compute = static_cast<cublasComputeType_t>(problem.compute_type);
   const auto type = types_of(problem.dtype, /*tf32=*/false).data;
+  const auto type_c = types_of(dtype_of_c(problem), /*tf32=*/false).data; // and of the bias or its gradient
   const auto [align_a, align_b, align_c, align_bias] = problem.alignments;
   Plan plan{};
   call.check(cublasLtMatmulDescInit(&plan.operation, compute, CUDA_R_32F), "cublasLtMatmulDescInit");
@@ -98,7 +99,7 @@ std::optional<Plan> make_plan(cublasLtHandle_t handle, const LtProblem& problem)
   }
   plan.a = call.layout(type, gemm.m, gemm.k, gemm.a);
   plan.b = call.layout(type, gemm.k, gemm.n, gemm.b);
-  plan.c = call.layout(type, gemm.m, gemm.n, gemm.c);
+  plan.c = call.layout(type_c, gemm.m, gemm.n, gemm.c);
 
   cublasLtMatmulPreferenceOpaque_t preference;
   call.check(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");

@@ -107,10 +107,10 @@ class Contest {
         is_grad_(problem.epilogue.bias_grad),
         a_(operands.a, extent(problem.gemm.m, problem.gemm.k, problem.gemm.a, problem.gemm.batch), problem.dtype),
         b_(operands.b, extent(problem.gemm.k, problem.gemm.n, problem.gemm.b, problem.gemm.batch), problem.dtype),
-        c_(operands.c, extent(problem.gemm.m, problem.gemm.n, problem.gemm.c, problem.gemm.batch), problem.dtype),
+        c_(operands.c, extent(problem.gemm.m, problem.gemm.n, problem.gemm.c, problem.gemm.batch), dtype_of_c(problem)),
         bias_(
             is_grad_ ? operands.bias_grad : operands.bias,
-            problem.gemm.batch * (is_grad_ ? problem.gemm.n : problem.gemm.m), problem.dtype
+            problem.gemm.batch * (is_grad_ ? problem.gemm.n : problem.gemm.m), dtype_of_c(problem)
         ) {
     size_t workspace = 0;
     if (product_ != nullptr) {
@@ -166,7 +166,7 @@ class Contest {
     for (auto& rounds : times) {
       std::nth_element(rounds.begin(), rounds.begin() + kRounds / 2, rounds.end());
     }
-    // The first, used without tuning, wins unless another is clearly faster: noise should not decide.
+    // The first wins unless another is clearly faster: noise should not decide.
     constexpr float kClearly = 0.98F;
     size_t best = 0;
     for (size_t i = 1; i < times.size(); ++i) {
@@ -193,7 +193,11 @@ class Contest {
     const auto strides = gemm.b.transpose ? std::array<int64_t, 3>{gemm.b.ld, gemm.b.stride, 1}
                                           : std::array<int64_t, 3>{1, gemm.b.stride, gemm.b.ld};
     auto sums = bias_.elements(output).view({gemm.batch, gemm.n});
-    at::sum_out(sums, at::from_blob(b_[input], {gemm.k, gemm.batch, gemm.n}, strides, sums.options()), /*dim=*/{0});
+    const auto options = sums.options().dtype(scalar_type_of(problem_.dtype));
+    at::sum_out(
+        sums, at::from_blob(b_[input], {gemm.k, gemm.batch, gemm.n}, strides, options), /*dim=*/{0}, /*keepdim=*/false,
+        sums.scalar_type()
+    );
     return launch(handle_, *product_, product_->candidates[0], operands, workspace_.get());
   }
 
@@ -312,17 +316,16 @@ std::shared_ptr<const Plan> tuned_plan(
       tuning().unmeasured == 0 && c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None;
   if (!tuned && may_measure) {
     std::shared_ptr<const Plan> product; // without the epilogue, also tuned
-    auto unmeasured = choice_of(plan->candidates[0]);
     if (problem.epilogue.bias_grad) {
       auto plain = problem;
       plain.epilogue = {};
       plain.alignments[3] = 0;
       product = std::make_shared<const Plan>(make_plan(handle, plain).value_or(Plan{}));
       product = product->candidates.empty() ? nullptr : tuned_plan(handle, product, plain, operands);
-      unmeasured = Choice{};
     }
     // If measuring fails, the untuned choice is final.
-    const auto choice = measure(handle, *plan, product.get(), problem, operands).value_or(unmeasured);
+    const auto untuned = choice_of(plan->candidates[0]);
+    const auto choice = measure(handle, *plan, product.get(), problem, operands).value_or(untuned);
     tuned = apply(choice, *plan, problem);
   }
   return tuned == nullptr ? nullptr : tuned_plans().get(key, [&] { return *tuned; });

@@ -38,7 +38,7 @@ bool converts(DType half) {
   return backend().preferred_takes({.gemm = {}, .dtype = half, .epilogue = {}, .float32 = {.a = true}});
 }
 
-const bool registered = register_converts(at::kCPU, converts);
+const bool registered = register_mixing(at::kCPU, {.converts = converts});
 
 } // namespace
 } // namespace blockdiag::cpu

@@ -1,6 +1,9 @@
 #include "ops/linear.h"
 #include "cuda/backend.h"
+#include "cuda/kernels/cast.h"
+#include "scalar_type.h"
 
+#include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -38,6 +41,33 @@ std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
   const c10::DeviceGuard guard(grad_output.device());
   return compute_linear_weight_bias_grad(grad_output, input, weight_sizes, out_dtype, backend());
 }
+
+/// The op's casts are one launch, and its gradients need none. Autocast has a launch for each of both.
+bool converts(DType /*half*/) { return true; }
+
+/// One launch for all tensors that are dense in memory.
+void cast_at_once(Tensors& tensors, at::ScalarType dtype) {
+  Casts casts{};
+  size_t count = 0;
+  for (auto& tensor : tensors) {
+    if (!tensor.defined() || tensor.scalar_type() == dtype) {
+      continue;
+    }
+    const bool narrows = tensor.scalar_type() == at::kFloat && at::isReducedFloatingType(dtype);
+    if (!narrows || !tensor.is_non_overlapping_and_dense()) {
+      tensor = tensor.to(dtype);
+      continue;
+    }
+    auto half = at::empty_like(tensor, tensor.options().dtype(dtype), at::MemoryFormat::Preserve);
+    casts[count++] = {tensor.const_data_ptr<float>(), half.mutable_data_ptr(), tensor.numel()};
+    tensor = std::move(half); // its float32 memory is another owner's
+  }
+  if (count > 0) {
+    cast_to_half(casts, find_dtype(dtype).value());
+  }
+}
+
+const bool registered = register_mixing(at::kCUDA, {.converts = converts, .cast = cast_at_once});
 
 } // namespace
 } // namespace blockdiag::cuda
