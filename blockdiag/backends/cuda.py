@@ -21,11 +21,11 @@ def preferred_blas_library(name: str | None = None) -> str:
     """Sets the preferred library on GPUs for this process, if a name is given, and returns the current one.
 
     The counterpart of :func:`torch.backends.cuda.preferred_blas_library`. The default is the one that the environment
-    variable BLOCKDIAG_CUDA_GEMM names, or ``"cublas"``. :func:`blockdiag.build_info` reports it as ``"cuda_gemm"``.
+    variable BLOCKDIAG_CUDA_GEMM names, or ``"cublaslt"``. :func:`blockdiag.build_info` reports it as ``"cuda_gemm"``.
 
     Args:
-        name: ``"cublas"``; ``"cublaslt"``, which fuses the bias into the product and falls back to cuBLAS if it has no
-            algorithm; or ``"small_blocks"``, our own kernels for blocks of up to 64 -> 64 features in float16 and
+        name: ``"cublaslt"``, which fuses the bias and its gradient into the products and falls back to cuBLAS if it has
+            no algorithm; ``"cublas"``; or ``"small_blocks"``, our own kernels for blocks of up to 64 -> 64 features in float16 and
             bfloat16, which fall back to cuBLASLt.
 
     Raises:
