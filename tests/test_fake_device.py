@@ -64,7 +64,7 @@ def test_tuning():
 def test_values(library):
     """All GPU tests; with the other libraries, only those of the op."""
     files = ["linear", "random", "autograd", "autocast", "mixed_dtypes", "mixed_dtypes_traced", "cuda", "memory"]
-    paths = ["tests"] if library == "cublas" else [f"tests/test_{name}.py" for name in files]
+    paths = ["tests"] if library == "cublaslt" else [f"tests/test_{name}.py" for name in files]
     excluded = [argument for test in EXCLUDED for argument in ("--deselect", test)]
     last = run_on_fake("-m", "cuda", *excluded, *paths, BLOCKDIAG_CUDA_GEMM=library)
     assert int(last.split()[0]) > 1000, last

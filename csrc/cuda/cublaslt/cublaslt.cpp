@@ -127,11 +127,12 @@ bool cublaslt_takes(const GemmProblem& problem) {
   constexpr int64_t kMaxBatch = 65535; // a grid dimension of batched kernels
   // cuBLASLt misreads a leading dimension beyond 2^31 bytes before CUDA 13.2 (CUB-9572), and a bias of a vector before
   // 12.8 Update 1 (5104822).
+  static const bool misreads_bias = cublasLtGetVersion() < 120804;
   const int64_t max_ld = kBlasMax / size_of(dtype);
   if (!(is_half(dtype) || dtype == DType::kFloat32) || !operands_are_of_one_type(float32) ||
       (float32.c && epilogue.bias) || epilogue.accumulate || gemm.batch > kMaxBatch ||
       std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) > max_ld ||
-      ((epilogue.bias || epilogue.bias_grad) && (gemm.m == 1 || gemm.n == 1))) {
+      (misreads_bias && (epilogue.bias || epilogue.bias_grad) && (gemm.m == 1 || gemm.n == 1))) {
     return false;
   }
   // A bias gradient is not fused with the weight's in deterministic mode, as the epilogue's order of summation is not
