@@ -147,7 +147,7 @@ first() {
   right tuned || wrong+=(ours_tuned)
   right small_blocks || wrong+=(ours_small ours_unsplit)
   benchmark "$(at_most 110)" decision --modes graph --exclude "${wrong[@]}" --suites \
-    decision:amp-float16 decision_large:bfloat16 decision_split:float16 decision:float16
+    decision:amp-float16 decision_large:bfloat16,amp-bfloat16 decision_split:amp-float16 decision:float16
   mv "$out/timing.log" "$out/decision.txt"
   python3 -m benchmarks --decide "$out/decision.json" >>"$out/decision.txt" 2>&1
   sed -n '/^of  /,$p' "$out/decision.txt"
