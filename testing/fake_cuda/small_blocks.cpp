@@ -20,7 +20,7 @@
 namespace blockdiag::cuda {
 
 __attribute__((visibility("default"))) bool run_small_blocks(const GemmProblem& problem, const Operands& operands) {
-  const auto& gemm = problem.gemm;
+  const auto& [gemm, dtype, epilogue, float32] = problem;
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   {
@@ -29,33 +29,35 @@ __attribute__((visibility("default"))) bool run_small_blocks(const GemmProblem& 
       return false;
     }
   }
-  const auto add = [&](const void* begin, int64_t elements, bool writable) {
+  const auto add = [&](const void* begin, int64_t elements, bool is_float32, bool writable) {
     if (begin != nullptr) {
       const auto address = reinterpret_cast<uintptr_t>(begin);
-      fake::check_range("small blocks", address, address + elements * 2, fake::current_device());
+      const int64_t bytes = elements * (is_float32 ? 4 : 2);
+      fake::check_range("small blocks", address, address + bytes, fake::current_device());
       emulated::machine().regions.push_back(
-          {static_cast<const char*>(begin), static_cast<size_t>(elements) * 2, writable, {}}
+          {static_cast<const char*>(begin), static_cast<size_t>(bytes), writable, {}}
       );
     }
   };
-  const auto add_matrix = [&](const void* begin, int64_t rows, int64_t cols, const Operand& operand, bool writable) {
+  const auto add_matrix = [&](const void* begin, int64_t rows, int64_t cols, const Operand& operand, bool is_float32,
+                              bool writable) {
     if (operand.transpose) {
       std::swap(rows, cols);
     }
-    add(begin, (gemm.batch - 1) * operand.stride + (cols - 1) * operand.ld + rows, writable);
+    add(begin, (gemm.batch - 1) * operand.stride + (cols - 1) * operand.ld + rows, is_float32, writable);
   };
   constexpr int64_t kMaxBatch = 4096; // more would take too long
   if (gemm.batch > kMaxBatch) {
     return false;
   }
-  add_matrix(operands.a, gemm.m, gemm.k, gemm.a, false);
-  add_matrix(operands.b, gemm.k, gemm.n, gemm.b, false);
-  add_matrix(operands.c, gemm.m, gemm.n, gemm.c, true);
-  add(operands.bias, gemm.batch * gemm.m, false);
-  add(operands.bias_grad, gemm.batch * gemm.n, true);
+  add_matrix(operands.a, gemm.m, gemm.k, gemm.a, float32.a, false);
+  add_matrix(operands.b, gemm.k, gemm.n, gemm.b, float32.b, false);
+  add_matrix(operands.c, gemm.m, gemm.n, gemm.c, float32.c, true);
+  add(operands.bias, gemm.batch * gemm.m, float32.bias, false);
+  add(operands.bias_grad, gemm.batch * gemm.n, float32.c, true);
   emulated_small_blocks(problem, operands);
   emulated::machine().regions.clear();
-  fake::log("run_small_blocks bias_grad=" + std::to_string(problem.epilogue.bias_grad));
+  fake::log("run_small_blocks bias_grad=" + std::to_string(epilogue.bias_grad));
   // On all streams of the device, as the call's stream is unknown here.
   constexpr double kMicroseconds = 5;
   const std::lock_guard state_lock(fake::state().mutex);

@@ -328,6 +328,11 @@ void write_shared(void* to, const V& value, bool valid) {
 
 inline float* shared_memory() { return reinterpret_cast<float*>(emulated::machine().shared_memory.data()); }
 
+template <typename T>
+uint32_t round_pair(float low, float high) {
+  return T(low).x | uint32_t{T(high).x} << 16;
+}
+
 /// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": lane 4 * group + member, element i.
 template <typename T>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -2,16 +2,16 @@
 // alignments, in all passes. `test_small_blocks traffic` prints their memory traffic on problems of
 // benchmarks/suites.py.
 #include "../../csrc/cuda/kernels/small_blocks.cu"
+#include "matrices.h"
 
 #include <cmath>
-#include <cstring>
 #include <string>
 
 namespace {
 
-using blockdiag::Blocks;
 using blockdiag::DType;
 using blockdiag::Epilogue;
+using blockdiag::Float32;
 using blockdiag::Gemm;
 using blockdiag::GemmProblem;
 using blockdiag::Operand;
@@ -19,72 +19,11 @@ using emulated::fail;
 
 enum class Pass { forward, input_grad, weight_grad };
 
-class Random {
- public:
-  int64_t below(int64_t bound) { return std::uniform_int_distribution<int64_t>(0, bound - 1)(generator_); }
-  int64_t one_of(std::initializer_list<int64_t> choices) {
-    return choices.begin()[below(static_cast<int64_t>(choices.size()))];
-  }
-  float number() { return std::uniform_real_distribution<float>(-1, 1)(generator_); }
-
- private:
-  std::mt19937_64 generator_{0};
-};
-
-int64_t offset(const Blocks& blocks, int64_t g, int64_t i, int64_t j) {
-  return g * blocks.block_stride + i * blocks.row_stride + j * blocks.col_stride;
-}
-
-/// Matrices of T as stored, starting `misalignment` elements behind a boundary, with NaN between the elements.
-template <typename T>
-class Matrices {
- public:
-  Matrices(const Blocks& blocks, int64_t count, int64_t misalignment, bool writable)
-      : blocks(blocks),
-        size_(offset(blocks, count - 1, blocks.rows - 1, blocks.cols - 1) + 1),
-        memory_(size_ + misalignment + 32, T(std::numeric_limits<float>::quiet_NaN())) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    first_ = (32 - address % 32) % 32 / 2 + misalignment;
-    const auto* bytes = reinterpret_cast<const char*>(data());
-    emulated::machine().regions.push_back({bytes, static_cast<size_t>(size_) * 2, writable, {}});
-  }
-  Matrices(const Matrices&) = delete;
-  ~Matrices() {
-    const auto* bytes = reinterpret_cast<const char*>(data());
-    std::erase_if(emulated::machine().regions, [&](const auto& region) { return region.begin == bytes; });
-  }
-
-  T* data() { return memory_.data() + first_; }
-  T& operator()(int64_t g, int64_t i, int64_t j) { return data()[offset(blocks, g, i, j)]; }
-  double value(int64_t g, int64_t i, int64_t j) { return static_cast<double>(static_cast<float>((*this)(g, i, j))); }
-  std::vector<uint16_t> bits() {
-    std::vector<uint16_t> result(size_);
-    std::memcpy(result.data(), data(), size_ * 2);
-    return result;
-  }
-
-  const Blocks blocks;
-
- private:
-  int64_t size_, first_;
-  std::vector<T> memory_;
-};
-
-template <typename T>
-void fill(Matrices<T>& matrices, int64_t count, Random& random) {
-  for (int64_t g = 0; g < count; ++g) {
-    for (int64_t i = 0; i < matrices.blocks.rows; ++i) {
-      for (int64_t j = 0; j < matrices.blocks.cols; ++j) {
-        matrices(g, i, j) = T(random.number());
-      }
-    }
-  }
-}
-
 struct Sizes {
   Pass pass;
   int64_t batch, num_blocks, in_block, out_block;
   bool bias;
+  Float32 float32 = {};
 };
 
 /// Layouts of the operands: an activation's blocks side by side in each row, stacked, or shared; with or without gaps.
@@ -113,16 +52,16 @@ Blocks weight(const Sizes& sizes, int64_t gap, int64_t row_gap, bool transposed)
 
 /// The rounding error bound for a sum of products whose absolute values sum up to `scale`.
 template <typename T>
-double tolerance(double expected, double scale, int64_t terms) {
+double tolerance(double expected, double scale, int64_t terms, bool is_float32) {
   const bool half = std::is_same_v<T, c10::Half>;
-  return std::abs(expected) * (half ? 0x1p-11 : 0x1p-8) * 1.01 + scale * static_cast<double>(terms + 2) * 0x1p-24 +
-         (half ? 0x1p-24 : 0);
+  const double rounding = is_float32 ? 0 : std::abs(expected) * (half ? 0x1p-11 : 0x1p-8) * 1.01 + (half ? 0x1p-24 : 0);
+  return rounding + scale * static_cast<double>(terms + 2) * 0x1p-24;
 }
 
 template <typename T>
-void compare(double actual, double expected, double scale, int64_t terms, const char* what) {
+void compare(double actual, double expected, double scale, int64_t terms, bool is_float32, const char* what) {
   if (std::isnan(expected) ? !std::isnan(actual)
-                           : !(std::abs(actual - expected) <= tolerance<T>(expected, scale, terms))) {
+                           : !(std::abs(actual - expected) <= tolerance<T>(expected, scale, terms, is_float32))) {
     std::fprintf(stderr, "%g is not %g\n", actual, expected);
     fail(what);
   }
@@ -131,7 +70,7 @@ void compare(double actual, double expected, double scale, int64_t terms, const 
 /// Runs one pass, and compares it bit for bit with a second run, and with the definition.
 template <typename T>
 void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_nan = false) {
-  const auto [pass, batch, num_blocks, in_block, out_block, has_bias] = sizes;
+  const auto [pass, batch, num_blocks, in_block, out_block, has_bias, float32] = sizes;
   const bool forward = pass == Pass::forward, sum = pass == Pass::weight_grad;
   // out = left right, as csrc/ops/linear.cpp has it.
   const auto x = activation(sizes, in_block, layout.kind[0], layout.gap[0], layout.row_gap[0]);
@@ -143,18 +82,19 @@ void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_na
       sum ? weight(sizes, 0, 0, false) : activation(sizes, forward ? out_block : in_block, 0, 0, 0);
 
   const auto& skew = layout.misalignment;
-  Matrices<T> left(left_blocks, num_blocks, skew[0], false), right(right_blocks, num_blocks, skew[1], false);
-  Matrices<T> out(out_blocks, num_blocks, skew[2], true);
+  Matrices<T> left(left_blocks, num_blocks, float32.b, skew[0], false);
+  Matrices<T> right(right_blocks, num_blocks, float32.a, skew[1], false);
+  Matrices<T> out(out_blocks, num_blocks, float32.c, skew[2], true);
   const Blocks vector{num_blocks, out_block, out_block, 1, 0};
-  Matrices<T> bias(vector, 1, skew[3], false), bias_grad(vector, 1, skew[4], true);
+  Matrices<T> bias(vector, 1, float32.bias, skew[3], false), bias_grad(vector, 1, float32.c, skew[4], true);
   fill(left, num_blocks, random);
   fill(right, num_blocks, random);
   fill(bias, 1, random);
   if (with_nan) {
     for (auto* operand : {&left, &right}) {
       const auto& [rows, cols, row_stride, col_stride, block_stride] = operand->blocks;
-      (*operand)(random.below(num_blocks), random.below(rows), random.below(cols)) =
-          T(std::numeric_limits<float>::quiet_NaN());
+      const float nan = std::numeric_limits<float>::quiet_NaN();
+      operand->set(random.below(num_blocks), random.below(rows), random.below(cols), nan);
     }
   }
   const Gemm gemm = blockdiag::describe_product(left_blocks, right_blocks, out_blocks, num_blocks);
@@ -162,6 +102,7 @@ void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_na
       .gemm = gemm,
       .dtype = std::is_same_v<T, c10::Half> ? DType::kFloat16 : DType::kBFloat16,
       .epilogue = {.bias = forward && has_bias, .bias_grad = sum && has_bias},
+      .float32 = float32,
   };
   const auto run = [&] {
     return blockdiag::cuda::small_blocks_take(problem) &&
@@ -181,9 +122,9 @@ void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_na
     }
     fail("the passes of small blocks are taken");
   }
-  const auto bits = out.bits(), bias_bits = bias_grad.bits();
+  const auto bytes = out.bytes(), bias_bytes = bias_grad.bytes();
   run(); // in another order
-  if (bits != out.bits() || bias_bits != bias_grad.bits()) {
+  if (bytes != out.bytes() || bias_bytes != bias_grad.bytes()) {
     fail("equal calls give equal bits");
   }
   const int64_t terms = gemm.k;
@@ -192,11 +133,11 @@ void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_na
       for (int64_t j = 0; j < out_blocks.cols; ++j) {
         double expected = forward && has_bias ? bias.value(0, g, j) : 0, scale = std::abs(expected);
         for (int64_t l = 0; l < terms; ++l) {
-          const double product = left.value(g, i, l) * right.value(g, l, j);
+          const double product = left.factor(g, i, l) * right.factor(g, l, j);
           expected += product;
           scale += std::abs(product);
         }
-        compare<T>(out.value(g, i, j), expected, scale, terms, "the result is the product");
+        compare<T>(out.value(g, i, j), expected, scale, terms, float32.c, "the result is the product");
       }
       if (sum && has_bias) {
         double expected = 0, scale = 0;
@@ -204,7 +145,7 @@ void test(const Sizes& sizes, const Layout& layout, Random& random, bool with_na
           expected += left.value(g, i, l);
           scale += std::abs(left.value(g, i, l));
         }
-        compare<T>(bias_grad.value(0, g, i), expected, scale, terms, "the gradient of the bias is the sum");
+        compare<T>(bias_grad.value(0, g, i), expected, scale, terms, float32.c, "the gradient of the bias is the sum");
       }
     }
   }
@@ -224,7 +165,17 @@ Layout random_layout(Random& random) {
   return layout;
 }
 
-/// Every pass, dtype, and width, at random batches.
+/// What may be float32 in a pass.
+Float32 random_float32(Pass pass, Random& random) {
+  Float32 float32{.a = random.below(2) == 0, .c = random.below(2) == 0};
+  if (pass != Pass::weight_grad) {
+    float32.b = float32.a && random.below(2) == 0;
+    float32.bias = random.below(2) == 0;
+  }
+  return float32;
+}
+
+/// Every pass, dtype, and width, at random batches. Half of the time, matrices are float32.
 void test_random(Random& random, int trials) {
   for (int trial = 0; trial < trials; ++trial) {
     const auto size = [&] {
@@ -233,8 +184,15 @@ void test_random(Random& random, int trials) {
       );
     };
     const int64_t batch = 2 + random.below(random.one_of({20, 100, 300}));
+    const auto pass = static_cast<Pass>(random.below(3));
     const Sizes sizes{
-        static_cast<Pass>(random.below(3)), batch, 1 + random.below(6), size(), size(), random.below(2) == 0
+        pass,
+        batch,
+        1 + random.below(6),
+        size(),
+        size(),
+        random.below(2) == 0,
+        random.below(2) == 0 ? Float32() : random_float32(pass, random)
     };
     // Half of the time, the usual layout.
     const Layout layout = random.below(2) == 0 ? Layout() : random_layout(random);
@@ -275,6 +233,29 @@ void test_parts(Random& random) {
   blockdiag::cuda::small_blocks_split_rows() = rows;
 }
 
+/// Each choice of float32 matrices, in rows that divide into vectors and in others, with one part and with several.
+template <typename T>
+void test_float32(Random& random) {
+  emulated::machine().processors = 20;
+  for (int bits = 0; bits < 48; ++bits) {
+    const auto pass = static_cast<Pass>(bits / 16);
+    const Float32 float32{.a = bits % 2 > 0, .b = bits / 2 % 2 > 0, .c = bits / 4 % 2 > 0, .bias = bits / 8 % 2 > 0};
+    const bool taken = float32.b ? float32.a && pass != Pass::weight_grad : true;
+    if (!taken || (float32.bias && pass != Pass::forward)) {
+      continue;
+    }
+    for (const auto& [in_block, out_block] : {std::array{16, 16}, {32, 64}, {64, 24}, {20, 12}, {7, 33}, {61, 2}}) {
+      for (const int64_t misalignment : {0, 1 + static_cast<int>(random.below(4))}) {
+        const int64_t batch = random.one_of({25, pass == Pass::weight_grad ? 1060 : 130});
+        Layout layout;
+        layout.transposed_weight = random.below(2) == 0;
+        layout.misalignment[random.below(5)] = misalignment;
+        test<T>({pass, batch, 2, in_block, out_block, true, float32}, layout, random);
+      }
+    }
+  }
+}
+
 void test_what_is_not_taken() {
   const Gemm forward{
       .m = 32, .n = 99, .k = 16, .batch = 2, .a = {true, 16, 512}, .b = {false, 32, 16}, .c = {false, 64, 32}
@@ -282,9 +263,9 @@ void test_what_is_not_taken() {
   const Gemm sum{
       .m = 32, .n = 16, .k = 99, .batch = 2, .a = {false, 64, 32}, .b = {true, 32, 16}, .c = {false, 32, 512}
   };
-  const auto taken = [&](const Gemm& gemm, DType dtype = DType::kFloat16, Epilogue epilogue = {}) {
-    return blockdiag::cuda::small_blocks_take({gemm, dtype, epilogue});
-  };
+  const auto taken = [&](
+                         const Gemm& gemm, DType dtype = DType::kFloat16, Epilogue epilogue = {}, Float32 float32 = {}
+                     ) { return blockdiag::cuda::small_blocks_take({gemm, dtype, epilogue, float32}); };
   const auto changed = [](Gemm gemm, const std::function<void(Gemm&)>& change) {
     change(gemm);
     return gemm;
@@ -292,7 +273,9 @@ void test_what_is_not_taken() {
   const bool any =
       taken(forward, DType::kFloat32) || taken(sum, DType::kFloat64) ||
       taken(forward, DType::kFloat16, {.bias_grad = true}) || taken(sum, DType::kFloat16, {.bias = true}) ||
-      taken(sum, DType::kFloat16, {.accumulate = true}) || taken(changed(forward, [](Gemm& gemm) { gemm.m = 65; })) ||
+      taken(forward, DType::kFloat16, {}, {.b = true}) || taken(sum, DType::kFloat16, {}, {.b = true}) ||
+      taken(sum, DType::kFloat16, {}, {.a = true, .b = true}) || taken(sum, DType::kFloat16, {.accumulate = true}) ||
+      taken(changed(forward, [](Gemm& gemm) { gemm.m = 65; })) ||
       taken(changed(forward, [](Gemm& gemm) { gemm.k = 65; })) ||
       taken(changed(sum, [](Gemm& gemm) { gemm.n = 65; })) || taken(changed(sum, [](Gemm& gemm) { gemm.m = 65; })) ||
       taken(changed(forward, [](Gemm& gemm) { gemm.b.transpose = true; })) ||
@@ -365,6 +348,8 @@ int main(int argc, char** argv) {
   test_what_is_not_taken();
   test_tiles(random);
   test_parts(random);
+  test_float32<c10::Half>(random);
+  test_float32<c10::BFloat16>(random);
   test_random(random, argc > 1 ? std::atoi(argv[1]) : 1000);
   std::puts("all passed");
 }

@@ -7,6 +7,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/Half.h>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <type_traits>
 
 namespace blockdiag::cuda {
@@ -49,6 +52,16 @@ __device__ __forceinline__ void write_shared(void* to, const V& value, bool vali
 __device__ __forceinline__ float* shared_memory() {
   extern __shared__ float4 shared[];
   return reinterpret_cast<float*>(shared);
+}
+
+/// Two numbers rounded to T, the first in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(low, high)));
+  } else {
+    return __builtin_bit_cast(uint32_t, __nv_bfloat162_raw(__floats2bfloat162_rn(low, high)));
+  }
 }
 
 /// d += A B for a 16 x 16 A, by rows, and a 16 x 8 B, by columns.

@@ -27,11 +27,17 @@ constexpr int64_t kPartRows = 256;                                     // rows o
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Whether every row, of `size` elements, divides into aligned vectors of `elements`.
-bool is_wide(const void* pointer, const Operand& operand, int64_t batch, int64_t size, int64_t elements) {
-  const auto offsets = reinterpret_cast<uintptr_t>(pointer) / 2 | static_cast<uint64_t>(size | operand.ld) |
-                       static_cast<uint64_t>(batch > 1 ? operand.stride : 0);
-  return reinterpret_cast<uintptr_t>(pointer) % 2 == 0 && offsets % elements == 0;
+/// Whether every row, of `size` elements of E, divides into the aligned vectors by which the kernels read and write N.
+template <typename E, int N>
+bool is_wide(const void* pointer, const Operand& operand, int64_t batch, int64_t size) {
+  const int64_t offsets = size | operand.ld | (batch > 1 ? operand.stride : 0);
+  return reinterpret_cast<uintptr_t>(pointer) % (kVector<E, N> * sizeof(E)) == 0 && offsets % kVector<E, N> == 0;
+}
+
+template <int N>
+bool is_wide_c(const Problem& p) {
+  const auto& [m, n, k, batch, a, b, c] = p.gemm;
+  return p.float32.c ? is_wide<float, N>(p.c, c, batch, m) : is_wide<uint16_t, N>(p.c, c, batch, m);
 }
 
 /// Calls `function` with the smallest of the constants 16, 32 and 64 that `size` fits in.
@@ -46,24 +52,24 @@ void with_width(int64_t size, const Function& function) {
   }
 }
 
-template <typename T, int kK, int kM, bool kWide>
-void run_rows(Problem p, int64_t processors) {
-  p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kM / 8);
+template <typename T, typename A, typename B, int kK, int kM, bool kWide>
+void launch_rows(Problem p, int64_t processors) {
+  p.wide_c = is_wide_c<kM / 8>(p);
   // As many warps as are resident at once, or fewer if that gives each enough tiles to repay loading W and leaves 4
   // warps per multiprocessor.
   const int64_t tiles = divide_up(p.gemm.n, 8), batch = p.gemm.batch;
-  const int64_t most = processors * kRowBlocks<kK, kM> * kRowWarps / batch;
-  const int64_t enough = std::max(divide_up(tiles, kRowAhead<kK>), 4 * processors / batch);
+  const int64_t most = processors * kRowBlocks<A, kK, kM> * kRowWarps / batch;
+  const int64_t enough = std::max(divide_up(tiles, kRowAhead<B, kK>), 4 * processors / batch);
   p.parts = std::clamp<int64_t>(std::min(most, enough), 1, tiles);
   p.parts = divide_up(tiles, divide_up(tiles, p.parts)); // the same number of tiles for all
   const int64_t warps = std::min({divide_up(p.parts * batch, processors), p.parts, int64_t{kRowWarps}});
   p.parts = divide_up(p.parts, warps) * warps;
-  launch(row_kernel<T, kK, kM, kWide>, batch, p.parts / warps, warps * 32, 0, p);
+  launch(row_kernel<T, A, B, kK, kM, kWide>, batch, p.parts / warps, warps * 32, 0, p);
 }
 
-template <typename T, int kI, int kJ, bool kWide>
-void run_sum(Problem p, int64_t processors) {
-  p.wide_c = is_wide(p.c, p.gemm.c, p.gemm.batch, p.gemm.m, kI);
+template <typename T, typename A, int kI, int kJ, bool kWide>
+void launch_sum(Problem p, int64_t processors) {
+  p.wide_c = is_wide_c<kI>(p);
   p.tiles_i = p.gemm.m > 32 ? 2 : 1;
   p.tiles_j = p.gemm.n > 32 ? 2 : 1;
   const int64_t blocks = p.gemm.batch * p.tiles_i * p.tiles_j;
@@ -71,14 +77,14 @@ void run_sum(Problem p, int64_t processors) {
     p.parts = std::clamp<int64_t>(2 * processors / blocks, 1, std::max<int64_t>(p.gemm.k / kPartRows, 1));
   }
   const int64_t tiles = divide_up(p.gemm.k, 16 * p.parts);
-  const int64_t shares = std::clamp<int64_t>(divide_up(tiles, kSumAhead<kI, kJ>), 1, kSumWarps);
+  const int64_t shares = std::clamp<int64_t>(divide_up(tiles, kSumAhead<A, T, kI, kJ, kWide>), 1, kSumWarps);
   constexpr int64_t kBytes = kShareFloats<kI, kJ> * sizeof(float);
   c10::DataPtr partial; // the caching allocator tracks streams and graph capture
   if (p.parts > 1) {
     partial = c10::cuda::CUDACachingAllocator::get()->allocate(p.parts * blocks * kBytes);
     p.partial = static_cast<float*>(partial.get());
   }
-  launch(sum_kernel<T, kI, kJ, kWide>, blocks, p.parts, shares * 32, shares * kBytes, p);
+  launch(sum_kernel<T, A, kI, kJ, kWide>, blocks, p.parts, shares * 32, shares * kBytes, p);
   if (p.parts > 1) {
     launch(add_parts_kernel<T, kI, kJ>, blocks, divide_up(kShareVectors<kJ>, 128), 128, 0, p);
   }
@@ -87,32 +93,45 @@ void run_sum(Problem p, int64_t processors) {
 /// Whether the problem is activation times weight, rather than a sum over the batch.
 bool is_rows(const Gemm& gemm) { return !gemm.b.transpose; }
 
+template <typename T, typename A, typename B>
+void run_rows(const Problem& p, int64_t processors) {
+  const auto& [m, n, k, batch, a, b, c] = p.gemm;
+  with_width(k, [&](auto width_k) {
+    with_width(m, [&](auto width_m) {
+      constexpr int kK = width_k, kM = width_m, kSquare = std::max(kK, kM), kShare = kPiece<B, kK>;
+      const bool wide_a = a.transpose ? is_wide<A, kShare>(p.a, a, batch, k) : is_wide<A, kM / 8>(p.a, a, batch, m);
+      if (wide_a && is_wide<B, kShare>(p.b, b, batch, k)) {
+        launch_rows<T, A, B, kK, kM, true>(p, processors);
+      } else {
+        launch_rows<T, A, B, kSquare, kSquare, false>(p, processors);
+      }
+    });
+  });
+}
+
+template <typename T, typename A>
+void run_sum(const Problem& p, int64_t processors) {
+  const auto& [m, n, k, batch, a, b, c] = p.gemm;
+  with_width(std::min<int64_t>(m, 32), [&](auto width_m) {
+    with_width(std::min<int64_t>(n, 32), [&](auto width_n) {
+      constexpr int kI = std::min<int>(width_m, 32) / 8, kJ = std::min<int>(width_n, 32) / 8;
+      if (is_wide<A, kI>(p.a, a, batch, m) && is_wide<T, kJ>(p.b, b, batch, n)) {
+        launch_sum<T, A, kI, kJ, true>(p, processors);
+      } else {
+        launch_sum<T, A, 4, 4, false>(p, processors);
+      }
+    });
+  });
+}
+
 template <typename T>
 void run(const Problem& p, int64_t processors) {
-  const auto& [m, n, k, batch, a, b, c] = p.gemm;
-  if (is_rows(p.gemm)) {
-    with_width(k, [&](auto width_k) {
-      with_width(m, [&](auto width_m) {
-        constexpr int kK = width_k, kM = width_m, kSquare = std::max(kK, kM);
-        const int64_t of_a = a.transpose ? kPiece<kK> * 2 : kM / 8;
-        if (is_wide(p.b, b, batch, k, kPiece<kK> * 2) && is_wide(p.a, a, batch, a.transpose ? k : m, of_a)) {
-          run_rows<T, kK, kM, true>(p, processors);
-        } else {
-          run_rows<T, kSquare, kSquare, false>(p, processors);
-        }
-      });
-    });
+  if (!is_rows(p.gemm)) {
+    p.float32.a ? run_sum<T, float>(p, processors) : run_sum<T, T>(p, processors);
+  } else if (p.float32.b) {
+    run_rows<T, float, float>(p, processors);
   } else {
-    with_width(std::min<int64_t>(m, 32), [&](auto width_m) {
-      with_width(std::min<int64_t>(n, 32), [&](auto width_n) {
-        constexpr int kI = std::min<int>(width_m, 32) / 8, kJ = std::min<int>(width_n, 32) / 8;
-        if (is_wide(p.a, a, batch, m, kI) && is_wide(p.b, b, batch, n, kJ)) {
-          run_sum<T, kI, kJ, true>(p, processors);
-        } else {
-          run_sum<T, 4, 4, false>(p, processors);
-        }
-      });
-    });
+    p.float32.a ? run_rows<T, float, T>(p, processors) : run_rows<T, T, T>(p, processors);
   }
 }
 
@@ -125,22 +144,23 @@ std::atomic<int64_t>& small_blocks_split_rows() {
 
 bool small_blocks_take(const GemmProblem& problem) {
   const auto& [gemm, dtype, epilogue, float32] = problem;
-  if (!is_half(dtype) || float32.any() || epilogue.accumulate || gemm.batch > kMaxBatch || gemm.c.transpose ||
+  if (!is_half(dtype) || epilogue.accumulate || gemm.batch > kMaxBatch || gemm.c.transpose ||
       at::cuda::getCurrentDeviceProperties()->major < 8) {
     return false;
   }
-  return is_rows(gemm) ? gemm.m <= kMaxSize && gemm.k <= kMaxSize && !epilogue.bias_grad
-                       : !gemm.a.transpose && gemm.m <= kMaxSize && gemm.n <= kMaxSize && !epilogue.bias;
+  return is_rows(gemm) ? gemm.m <= kMaxSize && gemm.k <= kMaxSize && !epilogue.bias_grad && (float32.a || !float32.b)
+                       : !gemm.a.transpose && gemm.m <= kMaxSize && gemm.n <= kMaxSize && !epilogue.bias && !float32.b;
 }
 
 bool run_small_blocks(const GemmProblem& problem, const Operands& operands) {
   Problem p{};
   p.gemm = problem.gemm;
-  p.a = static_cast<const uint16_t*>(operands.a);
-  p.b = static_cast<const uint16_t*>(operands.b);
-  p.bias = static_cast<const uint16_t*>(operands.bias);
-  p.c = static_cast<uint16_t*>(operands.c);
-  p.bias_grad = static_cast<uint16_t*>(operands.bias_grad);
+  p.float32 = problem.float32;
+  p.a = operands.a;
+  p.b = operands.b;
+  p.bias = operands.bias;
+  p.c = operands.c;
+  p.bias_grad = operands.bias_grad;
   const int64_t processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
   problem.dtype == DType::kFloat16 ? run<c10::Half>(p, processors) : run<c10::BFloat16>(p, processors);
   return true;

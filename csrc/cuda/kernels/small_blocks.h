@@ -12,7 +12,12 @@ namespace blockdiag::cuda {
 /// - activation times weight (B not transposed, A in any layout): m and k up to 64, with or without a bias;
 /// - or a sum over the batch (A not transposed, B transposed): m and n up to 64, with or without the bias's gradient;
 ///
-/// on compute capability 8.0 or newer. Equal calls give equal bits on the same kind of device.
+/// on compute capability 8.0 or newer. These may be float32 all the same:
+///
+/// - C, and the bias or its gradient: a bias is added, and results are stored, unrounded;
+/// - A, and in the first case B beside it: rounded to the half type as they are read.
+///
+/// Equal calls give equal bits on the same kind of device.
 bool small_blocks_take(const GemmProblem& problem);
 
 /// Computes a problem that small_blocks_take accepts.

@@ -17,9 +17,9 @@ namespace {
 
 constexpr int kSumWarps = 8; // per thread block, at most
 
-/// Tiles in flight per warp.
-template <int kI, int kJ>
-constexpr int kSumAhead = 16 / (kI + kJ);
+/// Tiles in flight per warp: up to 4 KiB. One if its elements are read one by one, which takes long enough.
+template <typename A, typename T, int kI, int kJ, bool kWide>
+constexpr int kSumAhead = kWide ? 32 / (kI * sizeof(A) + kJ * sizeof(T)) : 1;
 
 // The layout of one share's sums: for each of the kJ rows and both halves of a thread's 2 kI columns, a vector of kI
 // from each thread; then the sums of Y's columns.
@@ -75,22 +75,28 @@ __device__ void add_shares(
       return;
     }
     const int i = tile.i + kI * (2 * (lane % 4) + e), j = tile.j + kJ * (lane / 4) + row;
-    uint16_t* const c = p.c + tile.block * p.gemm.c.stride + j * p.gemm.c.ld;
-    store<T>(c, i, static_cast<int>(p.gemm.m), total.at, p.wide_c, j < p.gemm.n);
+    with_result<T>(p, p.c, [&](auto* c) {
+      c += tile.block * p.gemm.c.stride + j * p.gemm.c.ld;
+      store(c, i, static_cast<int>(p.gemm.m), total.at, p.wide_c, j < p.gemm.n);
+    });
   } else if (const int column = index - kJ * 64; p.bias_grad != nullptr && tile.i == 0 && tile.j + column < p.gemm.n) {
     const int at = kColumnSums<kI, kJ> + column;
     const auto total = add_vectors<1>(from + at, step, count);
     if (to != nullptr) {
       write(to + at, total, true);
-    } else {
-      write(p.bias_grad + tile.block * p.gemm.n + tile.j + column, T(total.at[0]).x, true);
+      return;
     }
+    with_result<T>(p, p.bias_grad, [&](auto* bias_grad) {
+      using E = std::remove_pointer_t<decltype(bias_grad)>;
+      write(bias_grad + tile.block * p.gemm.n + tile.j + column, E(total.at[0]), true);
+    });
   }
 }
 
-template <typename T, int kI, int kJ, bool kWide>
+/// X is stored as A: T, or float32, which is rounded to T.
+template <typename T, typename A, int kI, int kJ, bool kWide>
 __global__ void __launch_bounds__(kSumWarps * 32, 2) sum_kernel(const Problem p) {
-  constexpr int kAhead = kSumAhead<kI, kJ>;
+  constexpr int kAhead = kSumAhead<A, T, kI, kJ, kWide>;
   const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
   const int shares = blockDim.x / 32, share = threadIdx.x / 32;
   const int m = static_cast<int>(p.gemm.m), n = static_cast<int>(p.gemm.n);
@@ -98,17 +104,17 @@ __global__ void __launch_bounds__(kSumWarps * 32, 2) sum_kernel(const Problem p)
   const int64_t part = blockIdx.y, step = p.parts * shares * 16;
   // Of the next tile of rows to sum, and of the next one to read.
   int64_t first = (part * shares + share) * 16, row = first + q;
-  const uint16_t* a = p.a + tile.block * p.gemm.a.stride + row * p.gemm.a.ld;
-  const uint16_t* b = p.b + tile.block * p.gemm.b.stride + row * p.gemm.b.ld;
+  const A* a = static_cast<const A*>(p.a) + tile.block * p.gemm.a.stride + row * p.gemm.a.ld;
+  const T* b = static_cast<const T*>(p.b) + tile.block * p.gemm.b.stride + row * p.gemm.b.ld;
 
-  Vector<uint32_t, kI / 2> x[kAhead][4];
-  Vector<uint32_t, kJ / 2> y[kAhead][4];
+  Elements<A, kI> x[kAhead][4];
+  Elements<T, kJ> y[kAhead][4];
   const auto load_next = [&](int ahead) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool valid = row + 4 * i < p.gemm.k;
-      x[ahead][i] = load<kI / 2, kWide>(a + 4 * i * p.gemm.a.ld, tile.i + r * kI, m, valid);
-      y[ahead][i] = load<kJ / 2, kWide>(b + 4 * i * p.gemm.b.ld, tile.j + r * kJ, n, valid);
+      x[ahead][i] = load<A, kI, kWide>(a + 4 * i * p.gemm.a.ld, tile.i + r * kI, m, valid);
+      y[ahead][i] = load<T, kJ, kWide>(b + 4 * i * p.gemm.b.ld, tile.j + r * kJ, n, valid);
     }
     row += step;
     a += step * p.gemm.a.ld;
@@ -132,11 +138,12 @@ __global__ void __launch_bounds__(kSumWarps * 32, 2) sum_kernel(const Problem p)
 #pragma unroll
       for (int u = 0; u < kJ; u += 2) {
         const uint32_t left[4] = {
-            pair(ry[0], ry[1], u), pair(ry[0], ry[1], u + 1), pair(ry[2], ry[3], u), pair(ry[2], ry[3], u + 1)
+            pair<T>(ry[0], ry[1], u), pair<T>(ry[0], ry[1], u + 1), pair<T>(ry[2], ry[3], u),
+            pair<T>(ry[2], ry[3], u + 1)
         };
 #pragma unroll
         for (int t = 0; t < kI; ++t) {
-          mma<T>(sums[u / 2][t], left, {pair(rx[0], rx[1], t), pair(rx[2], rx[3], t)});
+          mma<T>(sums[u / 2][t], left, {pair<T>(rx[0], rx[1], t), pair<T>(rx[2], rx[3], t)});
         }
         if (sum_columns) {
           mma<T>(column_sums[u / 2], left, {kOnes, kOnes}); // each of its columns is the sum
