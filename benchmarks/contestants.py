@@ -290,12 +290,18 @@ def _cuda_gemm(library: str, tuned: bool = False, split_rows: int | None = None)
 CUDA_VARIANTS: dict[str, Callable[[], AbstractContextManager]] = {
     "ours_cublas": lambda: _cuda_gemm("cublas"),
     "ours_lt": lambda: _cuda_gemm("cublaslt"),
+    "ours_fused": lambda: _cuda_gemm("fused"),
     "ours_tuned": lambda: _cuda_gemm("cublaslt", tuned=True),
     "ours_small": lambda: _cuda_gemm("small_blocks"),
     "ours_unsplit": lambda: _cuda_gemm("small_blocks", split_rows=1 << 62),
 }
 OURS = ("ours", *CUDA_VARIANTS)
-LIBRARIES = ("ours_lt", "ours_tuned", "ours_small")  # the variants that run where a suite names no contestants
+LIBRARIES = (
+    "ours_lt",
+    "ours_fused",
+    "ours_tuned",
+    "ours_small",
+)  # the variants that run where a suite names no contestants
 
 
 def context_of(name: str) -> AbstractContextManager:

@@ -117,7 +117,7 @@ def make_suites(device: str) -> dict[str, Suite]:
     scaling = [Problem(128, 2**exponent, 64, 64) for exponent in range(9)]
     scaling += [Problem(2**exponent, 16, 64, 64) for exponent in range(5, 16) if exponent != 7]
     # For benchmarks/decision.py, which decides which library computes on a GPU.
-    libraries = ("ours_cublas", "ours_lt", "ours_tuned", "ours_small")
+    libraries = ("ours_cublas", "ours_lt", "ours_fused", "ours_tuned", "ours_small")
     deciding = (*libraries, "loop", "dense", "bmm_out")
     of_decision = [Problem(128, num_blocks, size, size) for num_blocks in (16, 1, 4) for size in sizes[:5]]
     of_decision[1:1] = [Problem(128, num_blocks, 32, 32) for num_blocks in (32, 8, 2)] + [Problem(2048, 32, 32, 32)]

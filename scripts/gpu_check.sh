@@ -123,18 +123,18 @@ benchmark() { # SECONDS NAME ARGUMENT...: INT is Ctrl-C, and keeps what was meas
   [ -s "$out/$2.json" ] || rm -f "$out/$2.json" # killed before it wrote anything
 }
 
-libraries=(cublas cublaslt small_blocks)
+libraries=(cublas cublaslt fused small_blocks)
 
 sanitize() { # LIMIT TOOL
   # torch's cache would hide out-of-bounds reads, as tensors lie side by side in it. Calls by which torch probes the
   # driver fail as they should. cuBLAS's kernels are NVIDIA's to check.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 beside "$1" tests.log "$2" "$sanitizer" --tool "$2" --error-exitcode 9 \
     --report-api-errors no --target-processes application-only --launch-timeout 60 --kernel-name kns=blockdiag \
-    python3 tests/gpu_subset.py small_blocks cublaslt
+    python3 tests/gpu_subset.py small_blocks fused
 }
 
 first() {
-  local library tool folder sanitizer subset=(small_blocks cublas cublaslt tuned) tools=()
+  local library tool folder sanitizer subset=(small_blocks cublas cublaslt fused tuned) tools=()
   for library in "${subset[@]}"; do
     beside 45 subset.log "$library" python3 tests/gpu_subset.py "$library"
   done
@@ -143,7 +143,8 @@ first() {
   right() { [ "$(cat "$work/status-$1")" = 0 ]; }
   local wrong=(ours) # the default, which is one of the others
   right cublas || wrong+=(ours_cublas)
-  right cublaslt || wrong+=(ours_lt ours_tuned)
+  right cublaslt || wrong+=(ours_lt)
+  right fused || wrong+=(ours_fused)
   right tuned || wrong+=(ours_tuned)
   right small_blocks || wrong+=(ours_small ours_unsplit)
   benchmark "$(at_most 110)" decision --modes graph --exclude "${wrong[@]}" --suites \
@@ -156,7 +157,7 @@ first() {
   local rest=$(($(left) - 5)) of_op=(tests/test_{linear,random,autocast,mixed_dtypes,memory}.py)
   [ "$rest" -gt 15 ] || rest=15
   tests "$rest" cublaslt tests.log 6 tests/test_{linear,mixed_dtypes,cuda,random,autograd}.py tests
-  for library in cublas small_blocks; do
+  for library in cublas fused small_blocks; do
     tests "$rest" "$library" tests.log 3 -k "not float64 and not complex" "${of_op[@]}" \
       tests/test_cuda.py::TestDevice::test_{tf32_is_used_only_if_allowed,more_than_two_to_the_31_elements}
   done
@@ -190,10 +191,10 @@ second() {
   # CUDA graphs show which is fastest; eager mode shows what a user waits for, and memory.
   benchmark $(($(left) * 6 / 10)) core --modes graph --suites \
     recommender:bfloat16 ensemble:amp-float16 quick:amp-float16
-  benchmark $(($(left) * 6 / 10)) eager --modes eager --contestants loop dense ours_lt ours_small --suites \
+  benchmark $(($(left) * 6 / 10)) eager --modes eager --contestants loop dense ours_fused ours_small --suites \
     overhead:float16,amp-float16 recommender:bfloat16 ensemble:amp-float16
   benchmark "$(left)" published --modes graph --suites partitioned:amp-float16 \
-    --contestants dense masked_dense ours_lt ours_small
+    --contestants dense masked_dense ours_fused ours_small
 }
 
 case $part in

@@ -3,7 +3,7 @@
 Blocks smaller than a tile, one block, one row, a batch summed in parts, a bias that is not aligned to vectors, and
 float32 tensors under autocast. Few and small, as kernels run many times slower there.
 
-Run: PYTHONPATH=. python tests/gpu_subset.py [small_blocks] [cublas] [cublaslt] [tuned]
+Run: PYTHONPATH=. python tests/gpu_subset.py [small_blocks] [cublas] [cublaslt] [fused] [tuned]
 """
 
 import sys
@@ -15,7 +15,7 @@ import blockdiag
 from reference import Problem, check, make, problem_id
 
 # Our own kernels first, the slowest last: there may be a time limit.
-LIBRARIES = ("small_blocks", "cublas", "cublaslt", "tuned")
+LIBRARIES = ("small_blocks", "cublas", "cublaslt", "fused", "tuned")
 PROBLEMS = [
     Problem((128,), 4, 64, 64),
     Problem((33,), 5, 17, 9),
@@ -56,7 +56,7 @@ def run_library(name: str) -> int:
         halves = (torch.float16, torch.bfloat16)
         return run_all(PROBLEMS, halves if name == "small_blocks" else (*halves, torch.float32))
     # Up to 16 algorithms per product: two layers are enough.
-    blockdiag.backends.cuda.preferred_blas_library("cublaslt")
+    blockdiag.backends.cuda.preferred_blas_library("fused")
     with blockdiag.backends.tune():
         return run_all([PROBLEMS[0], PROBLEMS[4]], (torch.float16,))
 

@@ -23,13 +23,14 @@ def case(size, *, precision="float16", **contestants):
 def test_winner_of_each_problem():
     table = decision.table(
         [
-            case(64, ours=6, ours_lt=5, ours_small=2.5, loop=40, bmm_out=7.5),
-            case(1024, ours=6, ours_lt=5, loop=4, precision="amp-float16"),
+            case(64, ours_cublas=6, ours_lt=5, ours_small=2.5, loop=40, bmm_out=7.5),
+            case(1024, ours_cublas=6, ours_lt=5, loop=4, precision="amp-float16"),
         ]
     )
     rows = [" ".join(line.split()) for line in table.splitlines()]
     assert rows[0] == (
-        "B, G, K->N precision pass ours ours_lt ours_small loop bmm_out floor winner /ours /ours_lt /other other"
+        "B, G, K->N precision pass ours_cublas ours_lt ours_small loop bmm_out floor winner "
+        "/ours_cublas /ours_lt /other other"
     )
     assert rows[1] == "128, 16, 64->64 float16 fwd 6 5 2.5 40 7.5 1 ours_small 2.40 2.00 3.00 bmm_out"
     assert rows[2] == "128, 16, 1024->1024 amp-float16 fwd 6 5 - 4 - 1 ours_lt 1.20 1.00 0.80 loop"
@@ -47,6 +48,13 @@ def test_small_blocks_stay_where_they_gain_enough():
     assert verdict(cases, "small_blocks / cublaslt up to 64") == ["keep"]
 
 
+def test_what_is_fused_counts_where_it_was_measured():
+    cases = [case(64, ours_lt=2, ours_fused=1.2, ours_tuned=1, ours_small=1)]
+    assert verdict(cases, "fused / cublaslt") == ["fused"]
+    assert verdict(cases, "small_blocks / fused up to 64") == ["drop"]
+    assert verdict(cases, "tuned / fused") == ["tune by default"]
+
+
 def test_tuning_is_on_request_unless_a_suite_gains():
     assert verdict([case(64, ours_lt=1.05, ours_tuned=1)], "tuned") == ["tune on request"]
     cases = [case(64, ours_lt=1.5, ours_tuned=1), case(128, ours_lt=0.9, ours_tuned=1)]
@@ -56,8 +64,8 @@ def test_tuning_is_on_request_unless_a_suite_gains():
 
 
 def test_cublas_faster_than_cublaslt_is_said():
-    assert verdict([case(64, ours=1, ours_lt=0.9)], "cublaslt") == ["cublaslt"]
-    assert verdict([case(64, ours=0.9, ours_lt=1)], "cublaslt") == ["cublas: look why"]
+    assert verdict([case(64, ours_cublas=1, ours_lt=0.9)], "cublaslt") == ["cublaslt"]
+    assert verdict([case(64, ours_cublas=0.9, ours_lt=1)], "cublaslt") == ["cublas: look why"]
 
 
 def test_splitting_long_sums():

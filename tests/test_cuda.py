@@ -63,7 +63,7 @@ class TestBuild:
     def test_reports_cublas(self):
         assert blockdiag.build_info()["cublas"].startswith("built with ")
 
-    @pytest.mark.parametrize("gemm", ["", "cublas", "cublaslt", "small_blocks", "fastest"])
+    @pytest.mark.parametrize("gemm", ["", "cublas", "cublaslt", "fused", "small_blocks", "fastest"])
     def test_choice_of_gemm(self, gemm):
         # Even if the variable is set for all tests.
         environment = {name: value for name, value in os.environ.items() if name != "BLOCKDIAG_CUDA_GEMM"}
@@ -72,7 +72,7 @@ class TestBuild:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         if gemm == "fastest":
             assert (
-                'expected BLOCKDIAG_CUDA_GEMM to be one of [cublas, cublaslt, small_blocks], but got "fastest"'
+                'expected BLOCKDIAG_CUDA_GEMM to be one of [cublas, cublaslt, fused, small_blocks], but got "fastest"'
                 in result.stderr
             )
         else:
@@ -117,14 +117,14 @@ x, w, b = (torch.randn(s, device="cuda", dtype=torch.float16) for s in ((32, 3 *
 for warn_only in (False, True):
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     theirs = outcome(lambda: torch.nn.functional.linear(x, w.view(8, 48), b[:8]))
-    for library in ("cublas", "cublaslt", "small_blocks"):
+    for library in ("cublas", "cublaslt", "fused", "small_blocks"):
         blockdiag.backends.cuda.preferred_blas_library(library)
         ours = outcome(lambda: blockdiag.linear(x, w, b))
         assert ours == theirs, (warn_only, library, ours, theirs)
 """
 
 
-@pytest.fixture(params=["cublas", "cublaslt", "tuned", "small_blocks"])
+@pytest.fixture(params=["cublas", "cublaslt", "tuned", "fused", "small_blocks"])
 def gemm(request):
     """Each GPU library in turn."""
     before = blockdiag.backends.cuda.preferred_blas_library()

@@ -50,7 +50,7 @@ def run_on_fake(*arguments: str, **environment: str) -> str:
     return result.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
+@pytest.mark.parametrize("library", ["cublas", "cublaslt", "fused"])
 def test_calls(library):
     files = [f"testing/fake_cuda/check_{name}.py" for name in ("host", "failures", "epilogues")]
     run_on_fake(*files, BLOCKDIAG_CUDA_GEMM=library)
@@ -60,7 +60,7 @@ def test_tuning():
     run_on_fake("testing/fake_cuda/check_tuning.py")
 
 
-@pytest.mark.parametrize("library", ["cublas", "cublaslt", "small_blocks"])
+@pytest.mark.parametrize("library", ["cublas", "cublaslt", "fused", "small_blocks"])
 def test_values(library):
     """All GPU tests; with the other libraries, only those of the op."""
     files = ["linear", "random", "autograd", "autocast", "mixed_dtypes", "mixed_dtypes_traced", "cuda", "memory"]
@@ -70,7 +70,7 @@ def test_values(library):
     assert int(last.split()[0]) > 1000, last
 
 
-@pytest.mark.parametrize("library", ["cublas", "cublaslt", "small_blocks"])
+@pytest.mark.parametrize("library", ["cublas", "fused", "small_blocks"])
 def test_bounds(library):
     """Every tensor has a separate allocation, which exposes accesses beyond it."""
     run_on_fake(
@@ -80,7 +80,7 @@ def test_bounds(library):
     )
 
 
-@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
+@pytest.mark.parametrize("library", ["cublas", "fused"])
 def test_order(library):
     """Work runs only when something waits for it: a missing dependency computes with old values."""
     excluded = ["--deselect", EXCLUDED[-1]]
@@ -97,6 +97,7 @@ def test_what_compute_sanitizer_runs():
         "small_blocks: 48 layers checked",
         "cublas: 66 layers checked",
         "cublaslt: 66 layers checked",
+        "fused: 66 layers checked",
         "tuned: 8 layers checked",
     ]
 

@@ -24,9 +24,11 @@ def preferred_blas_library(name: str | None = None) -> str:
     variable BLOCKDIAG_CUDA_GEMM names, or ``"cublaslt"``. :func:`blockdiag.build_info` reports it as ``"cuda_gemm"``.
 
     Args:
-        name: ``"cublaslt"``, which fuses the bias and its gradient into the products and falls back to cuBLAS if it has
-            no algorithm; ``"cublas"``; or ``"small_blocks"``, our own kernels for blocks of up to 64 -> 64 features in float16 and
-            bfloat16, which fall back to cuBLASLt.
+        name: ``"cublas"``; ``"cublaslt"``, which fuses the bias into the product and falls back to cuBLAS if it has no
+            algorithm; ``"fused"``, which also fuses the bias's gradient and, under autocast, needs no casts of results
+            and one launch for those of a product's operands; or ``"small_blocks"``, our own kernels for blocks of up to
+            64 -> 64 features in float16 and bfloat16, which cast nothing under autocast and fall back to ``"fused"``.
+            The last two have not run on a GPU as they are now.
 
     Raises:
         ValueError: there is no such library.

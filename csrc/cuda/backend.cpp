@@ -8,6 +8,7 @@ Providers& backend() {
   static Providers providers(
       {
           {"small_blocks", small_blocks_take, run_small_blocks},
+          {"fused", fused_takes, fused_run},
           {"cublaslt", cublaslt_takes, cublaslt_run},
           {"cublas", cublas_takes, cublas_run},
       },

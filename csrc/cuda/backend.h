@@ -7,8 +7,9 @@
 
 namespace blockdiag::cuda {
 
-/// Our own kernels for small blocks, cuBLASLt, cuBLAS. The default is cuBLAS, as the others have not run on a GPU yet,
-/// or the one that the environment variable BLOCKDIAG_CUDA_GEMM names.
+/// Our own kernels for small blocks, all that cuBLASLt can fuse, what of it is proven, cuBLAS. The default is the third,
+/// as the first two have not run on a GPU as they are now, or the one that the environment variable BLOCKDIAG_CUDA_GEMM
+/// names.
 Providers& backend();
 
 /// The versions of cuBLAS at build time and at run time.
@@ -19,6 +20,11 @@ std::string cublaslt_calls();
 
 bool cublas_takes(const GemmProblem& problem);
 bool cublas_run(const GemmProblem& problem, const Operands& operands);
+
+/// Beside what cublaslt_takes: float32 results of half operands, the gradient of a bias without tuning, and biases of one
+/// row or column.
+bool fused_takes(const GemmProblem& problem);
+bool fused_run(const GemmProblem& problem, const Operands& operands);
 
 bool cublaslt_takes(const GemmProblem& problem);
 bool cublaslt_run(const GemmProblem& problem, const Operands& operands);

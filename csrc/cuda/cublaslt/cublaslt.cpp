@@ -1,4 +1,4 @@
-// cuBLASLt: product and epilogue in one kernel.
+// cuBLASLt: product and epilogue in one kernel. `fused` is what of that has not run on a GPU yet, and so is opt-in.
 #include "cuda/backend.h"
 #include "cuda/cublas.h"
 #include "lru_cache.h"
@@ -85,7 +85,8 @@ LtProblem describe(const GemmProblem& problem, const Operands& operands) {
   };
 }
 
-bool run(const LtProblem& problem, const Operands& operands) {
+/// `fuse`: sum a bias's gradient in the epilogue even where that is not known to be faster.
+bool run(const LtProblem& problem, const Operands& operands, bool fuse) {
   const cublasLtHandle_t handle = handle_of(static_cast<c10::DeviceIndex>(problem.device));
   auto plan = plans().find(problem.key());
   if (!plan) {
@@ -98,6 +99,8 @@ bool run(const LtProblem& problem, const Operands& operands) {
   if (tuning().used > 0 && !plan->candidates.empty()) {
     if (auto tuned = tuned_plan(handle, plan, problem, operands)) {
       plan = std::move(tuned);
+    } else if (problem.epilogue.bias_grad && !fuse) {
+      return false;
     }
   }
   if (plan->candidates.empty()) {
@@ -120,9 +123,21 @@ bool run(const LtProblem& problem, const Operands& operands) {
   return true;
 }
 
+bool run(const GemmProblem& problem, const Operands& operands, bool fuse) {
+  const bool done = run(describe(problem, operands), operands, fuse);
+  calls += done;
+  left_to_cublas += !done && !problem.epilogue.bias_grad;
+  return done;
+}
+
+bool is_of_a_vector(const GemmProblem& problem) {
+  const auto& [gemm, dtype, epilogue, float32] = problem;
+  return (epilogue.bias || epilogue.bias_grad) && (gemm.m == 1 || gemm.n == 1);
+}
+
 } // namespace
 
-bool cublaslt_takes(const GemmProblem& problem) {
+bool fused_takes(const GemmProblem& problem) {
   const auto& [gemm, dtype, epilogue, float32] = problem;
   constexpr int64_t kMaxBatch = 65535; // a grid dimension of batched kernels
   // cuBLASLt misreads a leading dimension beyond 2^31 bytes before CUDA 13.2 (CUB-9572), and a bias of a vector before
@@ -131,8 +146,7 @@ bool cublaslt_takes(const GemmProblem& problem) {
   const int64_t max_ld = kBlasMax / size_of(dtype);
   if (!(is_half(dtype) || dtype == DType::kFloat32) || !operands_are_of_one_type(float32) ||
       (float32.c && epilogue.bias) || epilogue.accumulate || gemm.batch > kMaxBatch ||
-      std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) > max_ld ||
-      (misreads_bias && (epilogue.bias || epilogue.bias_grad) && (gemm.m == 1 || gemm.n == 1))) {
+      std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) > max_ld || (misreads_bias && is_of_a_vector(problem))) {
     return false;
   }
   // A bias gradient is not fused with the weight's in deterministic mode, as the epilogue's order of summation is not
@@ -140,11 +154,16 @@ bool cublaslt_takes(const GemmProblem& problem) {
   return !epilogue.bias_grad || !at::globalContext().deterministicAlgorithms();
 }
 
+bool fused_run(const GemmProblem& problem, const Operands& operands) { return run(problem, operands, /*fuse=*/true); }
+
+bool cublaslt_takes(const GemmProblem& problem) {
+  // As a fallback it would only ask again what `fused` has asked.
+  return backend().preferred() == "cublaslt" && fused_takes(problem) && !problem.float32.any() &&
+         !is_of_a_vector(problem) && (!problem.epilogue.bias_grad || tuning().used > 0);
+}
+
 bool cublaslt_run(const GemmProblem& problem, const Operands& operands) {
-  const bool done = run(describe(problem, operands), operands);
-  calls += done;
-  left_to_cublas += !done && !problem.epilogue.bias_grad;
-  return done;
+  return run(problem, operands, /*fuse=*/false);
 }
 
 std::string cublaslt_calls() {

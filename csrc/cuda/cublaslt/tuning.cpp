@@ -316,16 +316,17 @@ std::shared_ptr<const Plan> tuned_plan(
       tuning().unmeasured == 0 && c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None;
   if (!tuned && may_measure) {
     std::shared_ptr<const Plan> product; // without the epilogue, also tuned
+    auto unmeasured = choice_of(plan->candidates[0]);
     if (problem.epilogue.bias_grad) {
       auto plain = problem;
       plain.epilogue = {};
       plain.alignments[3] = 0;
       product = std::make_shared<const Plan>(make_plan(handle, plain).value_or(Plan{}));
       product = product->candidates.empty() ? nullptr : tuned_plan(handle, product, plain, operands);
+      unmeasured = Choice{};
     }
     // If measuring fails, the untuned choice is final.
-    const auto untuned = choice_of(plan->candidates[0]);
-    const auto choice = measure(handle, *plan, product.get(), problem, operands).value_or(untuned);
+    const auto choice = measure(handle, *plan, product.get(), problem, operands).value_or(unmeasured);
     tuned = apply(choice, *plan, problem);
   }
   return tuned == nullptr ? nullptr : tuned_plans().get(key, [&] { return *tuned; });

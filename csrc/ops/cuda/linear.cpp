@@ -42,28 +42,32 @@ std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
   return compute_linear_weight_bias_grad(grad_output, input, weight_sizes, out_dtype, backend());
 }
 
-/// The op's casts are one launch, and its gradients need none. Autocast has a launch for each of both.
-bool converts(DType /*half*/) { return true; }
+/// Whether gradients of float32 tensors need no casts, so that the op's own, in one launch, are all there are. Autocast
+/// has a launch for each of both.
+bool converts(DType half) {
+  return backend().preferred_takes({.gemm = {}, .dtype = half, .epilogue = {}, .float32 = {.c = true}});
+}
 
 /// One launch for all tensors that are dense in memory.
 void cast_at_once(Tensors& tensors, at::ScalarType dtype) {
+  const auto half = find_dtype(dtype).value();
   Casts casts{};
   size_t count = 0;
   for (auto& tensor : tensors) {
     if (!tensor.defined() || tensor.scalar_type() == dtype) {
       continue;
     }
-    const bool narrows = tensor.scalar_type() == at::kFloat && at::isReducedFloatingType(dtype);
+    const bool narrows = tensor.scalar_type() == at::kFloat && is_half(half) && converts(half);
     if (!narrows || !tensor.is_non_overlapping_and_dense()) {
       tensor = tensor.to(dtype);
       continue;
     }
-    auto half = at::empty_like(tensor, tensor.options().dtype(dtype), at::MemoryFormat::Preserve);
-    casts[count++] = {tensor.const_data_ptr<float>(), half.mutable_data_ptr(), tensor.numel()};
-    tensor = std::move(half); // its float32 memory is another owner's
+    auto result = at::empty_like(tensor, tensor.options().dtype(dtype), at::MemoryFormat::Preserve);
+    casts[count++] = {tensor.const_data_ptr<float>(), result.mutable_data_ptr(), tensor.numel()};
+    tensor = std::move(result); // its float32 memory is another owner's
   }
   if (count > 0) {
-    cast_to_half(casts, find_dtype(dtype).value());
+    cast_to_half(casts, half);
   }
 }
 
