@@ -56,8 +56,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Under :class:`torch.autocast` the output has autocast's dtype, and the tensors may be float32 or have that dtype,
     in any mixture. Our own CPU kernels (:func:`blockdiag.build_info` names them) cast nothing: float32 tensors are
     converted, if at all, as they are read, sums are in float32, and each gradient is rounded once, to the dtype of its
-    tensor. On a GPU the op casts the operands of each product, in the backward pass again, and gradients likewise are
-    rounded once. Elsewhere the arguments are cast as those of :func:`torch.nn.functional.linear` are.
+    tensor. Elsewhere, and on a GPU, the arguments are cast as those of :func:`torch.nn.functional.linear` are, unless
+    the libraries that are off by default compute (:func:`blockdiag.backends.cuda.preferred_blas_library`).
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together, or a size exceeds BLAS's 32-bit integers. Raised
