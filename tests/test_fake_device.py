@@ -27,6 +27,7 @@ EXCLUDED = [
     # Minutes, and 4 GiB: check_host.py does that with untouched memory.
     "tests/test_cuda.py::TestDevice::test_more_than_two_to_the_31_elements",
 ]
+EXCLUDING = [argument for test in EXCLUDED for argument in ("--deselect", test)]
 
 
 @pytest.fixture(autouse=True)
@@ -60,31 +61,28 @@ def test_tuning():
     run_on_fake("testing/fake_cuda/check_tuning.py")
 
 
-@pytest.mark.parametrize("library", ["cublas", "cublaslt", "fused", "small_blocks"])
-def test_values(library):
-    """All GPU tests; with the other libraries, only those of the op."""
-    files = ["linear", "random", "autograd", "autocast", "mixed_dtypes", "mixed_dtypes_traced", "cuda", "memory"]
-    paths = ["tests"] if library == "cublaslt" else [f"tests/test_{name}.py" for name in files]
-    excluded = [argument for test in EXCLUDED for argument in ("--deselect", test)]
-    last = run_on_fake("-m", "cuda", *excluded, *paths, BLOCKDIAG_CUDA_GEMM=library)
-    assert int(last.split()[0]) > 1000, last
+def test_values():
+    """All GPU tests."""
+    last = run_on_fake("-m", "cuda", *EXCLUDING, "tests", BLOCKDIAG_CUDA_GEMM="cublaslt")
+    assert int(last.split()[0]) > 1500, last
 
 
 @pytest.mark.parametrize("library", ["cublas", "fused", "small_blocks"])
-def test_bounds(library):
-    """Every tensor has a separate allocation, which exposes accesses beyond it."""
-    run_on_fake(
-        *("-m", "cuda", "tests/test_linear.py", "tests/test_random.py"),
+def test_values_and_bounds(library):
+    """Those of the op. Every tensor has a separate allocation, which exposes accesses beyond it."""
+    files = ["linear", "random", "autograd", "autocast", "mixed_dtypes", "mixed_dtypes_traced"]
+    last = run_on_fake(
+        *("-m", "cuda", *EXCLUDING, *(f"tests/test_{name}.py" for name in files)),
         BLOCKDIAG_CUDA_GEMM=library,
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )
+    assert int(last.split()[0]) > 1000, last
 
 
 @pytest.mark.parametrize("library", ["cublas", "fused"])
 def test_order(library):
     """Work runs only when something waits for it: a missing dependency computes with old values."""
-    excluded = ["--deselect", EXCLUDED[-1]]
-    run_on_fake("-m", "cuda", "tests/test_cuda.py", *excluded, BLOCKDIAG_CUDA_GEMM=library, FAKE_CUDA="lazy=1")
+    run_on_fake("-m", "cuda", "tests/test_cuda.py", *EXCLUDING, BLOCKDIAG_CUDA_GEMM=library, FAKE_CUDA="lazy=1")
 
 
 def test_what_compute_sanitizer_runs():
