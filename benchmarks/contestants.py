@@ -291,7 +291,7 @@ CUDA_VARIANTS: dict[str, Callable[[], AbstractContextManager]] = {
     "ours_cublas": lambda: _cuda_gemm("cublas"),
     "ours_lt": lambda: _cuda_gemm("cublaslt"),
     "ours_fused": lambda: _cuda_gemm("fused"),
-    "ours_tuned": lambda: _cuda_gemm("cublaslt", tuned=True),
+    "ours_tuned": lambda: _cuda_gemm("fused", tuned=True),
     "ours_small": lambda: _cuda_gemm("small_blocks"),
     "ours_unsplit": lambda: _cuda_gemm("small_blocks", split_rows=1 << 62),
 }

@@ -139,7 +139,7 @@ def _rows(cases: list[Case], name: str) -> Iterable[list[str]]:
 
 
 def report(contents: list[Content]) -> tuple[str, bool]:
-    """A table for each variant of ours, and whether the default one met every goal that was measured.
+    """A table for each variant of ours, and whether the default one ran, and met every goal that was measured.
 
     Raises:
         ValueError: the results are not of one kind of GPU.
@@ -148,7 +148,7 @@ def report(contents: list[Content]) -> tuple[str, bool]:
     if len(devices) > 1 or "none" in devices:
         raise ValueError(f"the goals are of one GPU, but the results are of: {', '.join(sorted(devices))}")
     cases = [case for content in contents for case in content["cases"]]
-    texts, met = [], True
+    texts, met = [], False
     for name in OURS:
         of_name = [case for case in cases if name in times_of(case)]
         if not of_name:

@@ -41,7 +41,7 @@ def style(name: str) -> dict:
     if name == "ours":
         return {"color": OURS, "marker": "o", "linewidth": 2.4, "markersize": 5, "zorder": 10}
     if name in CUDA_VARIANTS:
-        marker = "^sDv"[list(CUDA_VARIANTS).index(name)]
+        marker = MARKERS[1 + list(CUDA_VARIANTS).index(name)]
         return {"color": OURS, "marker": marker, "linestyle": "--", "linewidth": 1.2, "markersize": 4, "zorder": 9}
     others = [other for other in CONTESTANTS if other != "ours"]
     index = others.index(name) if name in others else len(others)

@@ -216,7 +216,7 @@ def choice(monkeypatch):
 def test_variants_compute_by_their_library(name, choice):
     """From the check to the last round; then the choice is restored."""
     entry = measure([name], PROBLEM, PRECISIONS["float32"], CPU, rounds=3)[name]
-    wanted = {"ours": ("cublas", False), "ours_lt": ("cublaslt", False), "ours_tuned": ("cublaslt", True)}
+    wanted = {"ours": ("cublas", False), "ours_lt": ("cublaslt", False), "ours_tuned": ("fused", True)}
     if name == "ours_small":
         assert (entry, choice) == ({"failed": "RuntimeError: no kernels for small blocks"}, [])
     else:

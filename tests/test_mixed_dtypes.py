@@ -180,6 +180,19 @@ def test_explicit_out_dtype(out_dtype, half, device):
         torch.testing.assert_close(both[1], y.double().sum(0).view(2, 4).to(out_dtype), **limits)
 
 
+def test_a_float32_call_keeps_the_range_of_float32(device):
+    """Beside a half input, forward and backward."""
+    input, weight, bias = mixed(Problem((64,), 2, 8, 8), (torch.float16, torch.float32, torch.float32), device)
+    input = torch.ones_like(input).requires_grad_()
+    for scale in (1e-9, 1e5):
+        output = OPS.linear(input, weight.detach() * 0, torch.full_like(bias, scale), out_dtype=torch.float32)
+        torch.testing.assert_close(output, torch.full_like(output, scale))
+        output = OPS.linear(input.detach(), weight, bias, out_dtype=torch.float32)
+        grads = torch.autograd.grad(output, (weight, bias), torch.full_like(output, scale))
+        for grad in grads:
+            torch.testing.assert_close(grad, torch.full_like(grad, 64 * scale))
+
+
 def test_explicit_out_dtype_of_one_dtype(device):
     """Any dtype that all tensors have."""
     for dtype in (torch.float32, torch.float64, torch.complex64):

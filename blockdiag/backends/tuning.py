@@ -16,7 +16,7 @@ import torch
 from blockdiag._load import extension
 from blockdiag.backends import cuda
 
-_FORMAT = {"format": "blockdiag tuning", "version": 2}
+_FORMAT = {"format": "blockdiag tuning", "version": 3}
 
 #: A device, the versions that its measurements hold for, and the choices made there: numbers of a problem by name, and
 #: an algorithm's bytes in hexadecimal digits.

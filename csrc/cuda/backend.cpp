@@ -17,4 +17,6 @@ Providers& backend() {
   return providers;
 }
 
+bool fuses() { return backend().preferred() == "fused" || backend().preferred() == "small_blocks"; }
+
 } // namespace blockdiag::cuda

@@ -12,6 +12,9 @@ namespace blockdiag::cuda {
 /// names.
 Providers& backend();
 
+/// Whether one of the first two is preferred: what has not run on a GPU is reached through them alone.
+bool fuses();
+
 /// The versions of cuBLAS at build time and at run time.
 std::string cublas_versions();
 

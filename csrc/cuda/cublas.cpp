@@ -79,7 +79,7 @@ void write_bias(const GemmProblem& problem, const Operands& operands) {
 } // namespace
 
 bool cublas_takes(const GemmProblem& problem) {
-  return !problem.epilogue.bias_grad && operands_are_of_one_type(problem.float32);
+  return !problem.epilogue.bias_grad && operands_are_of_one_type(problem.float32) && (!problem.float32.c || fuses());
 }
 
 bool cublas_run(const GemmProblem& problem, const Operands& operands) {

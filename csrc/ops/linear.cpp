@@ -273,20 +273,23 @@ Product lower_linear_weight_grad(
 
 namespace {
 
-/// The product that `lower(tensors, out_dtype)` describes, of cast tensors if no provider takes these: of the half type,
-/// unless no provider has a float32 result of these.
+/// The product that `lower(tensors, out_dtype)` describes, or of tensors cast to out_dtype if no provider takes these.
+/// `rounds`: for a float32 result, operands may be rounded to the half type of another.
 template <typename Lower>
 Product lower_or_cast(
-    const Lower& lower, Tensors tensors, std::optional<at::ScalarType> out_dtype, const Providers& backend
+    const Lower& lower, Tensors tensors, std::optional<at::ScalarType> out_dtype, bool rounds, const Providers& backend
 ) {
   auto product = lower(tensors, out_dtype);
   if (takes(backend, product)) {
     return product;
   }
-  const bool narrow = takes_if_cast(backend, product);
+  const bool narrow = rounds && takes_if_cast(backend, product);
   cast(tensors, narrow ? scalar_type_of(product.problem.dtype) : *out_dtype);
   return lower(tensors, narrow ? out_dtype : std::nullopt);
 }
+
+/// Whether the forward pass computed in a half type, as under autocast. A float32 gradient may be beyond its range.
+bool is_rounded(const at::Tensor& grad_output) { return at::isReducedFloatingType(grad_output.scalar_type()); }
 
 } // namespace
 
@@ -297,7 +300,8 @@ at::Tensor compute_linear(
   const auto lower = [&](const Tensors& tensors, auto dtype) {
     return lower_linear(tensors[0], tensors[1], bias ? std::optional(tensors[2]) : std::nullopt, dtype);
   };
-  return compute(lower_or_cast(lower, {input, weight, bias.value_or(at::Tensor())}, out_dtype, backend), backend);
+  const Tensors tensors{input, weight, bias.value_or(at::Tensor())};
+  return compute(lower_or_cast(lower, tensors, out_dtype, /*rounds=*/false, backend), backend);
 }
 
 at::Tensor compute_linear_input_grad(
@@ -307,7 +311,7 @@ at::Tensor compute_linear_input_grad(
   const auto lower = [&](const Tensors& tensors, auto dtype) {
     return lower_linear_input_grad(tensors[0], tensors[1], input_sizes, dtype);
   };
-  return compute(lower_or_cast(lower, {grad_output, weight}, out_dtype, backend), backend);
+  return compute(lower_or_cast(lower, {grad_output, weight}, out_dtype, is_rounded(grad_output), backend), backend);
 }
 
 at::Tensor compute_linear_weight_grad(
@@ -317,7 +321,7 @@ at::Tensor compute_linear_weight_grad(
   const auto lower = [&](const Tensors& tensors, auto dtype) {
     return lower_linear_weight_grad(tensors[0], tensors[1], weight_sizes, dtype);
   };
-  return compute(lower_or_cast(lower, {grad_output, input}, out_dtype, backend), backend);
+  return compute(lower_or_cast(lower, {grad_output, input}, out_dtype, is_rounded(grad_output), backend), backend);
 }
 
 at::Tensor bias_grad(
@@ -360,7 +364,7 @@ std::tuple<at::Tensor, at::Tensor> compute_linear_weight_bias_grad(
   const auto lower = [&](const Tensors& tensors, auto dtype) {
     return lower_linear_weight_grad(tensors[0], tensors[1], weight_sizes, dtype);
   };
-  auto product = lower_or_cast(lower, {grad_output, input}, out_dtype, backend);
+  auto product = lower_or_cast(lower, {grad_output, input}, out_dtype, is_rounded(grad_output), backend);
   product.problem.epilogue.bias_grad = true;
   if (auto grads = compute_with_bias_grad(product, backend)) {
     return std::move(*grads);

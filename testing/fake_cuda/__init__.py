@@ -5,8 +5,9 @@
 A shared library, compiled by build.py and loaded in front of the real ones, defines the functions of the CUDA runtime,
 of the driver, of cuBLAS and of cuBLASLt that torch and blockdiag call. Device memory is host memory; matrix products
 are computed on the CPU as BLAS documents them, ATen's ops by their CPU kernels (aten.py), and blockdiag's own kernels
-by emulation (tests/cpp/emulated_cuda.h). A call that is not faked fails by name, and so does every kernel that ATen
-would launch. `fake_cuda.aten.fake` holds the switches, listed in options.cpp, and the log of calls.
+by emulation (tests/cpp/emulated_cuda.h), but for casts, which that tests by itself. A call that is not faked fails by
+name, and so does every kernel that ATen would launch. `fake_cuda.aten.fake` holds the switches, listed in options.cpp,
+and the log of calls.
 
 It verifies the host code: which calls are made, how often and in what order; values, given BLAS's documented
 arithmetic, through every transposition, leading dimension, stride and epilogue; that every access is in live memory of

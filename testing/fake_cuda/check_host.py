@@ -102,7 +102,19 @@ def test_backward_is_two_gemms():
     assert calls(lambda: gradients(output, tensors[1:2], grad_output)) == [GEMM]
 
 
-@pytest.mark.skipif(not FUSED, reason="elsewhere autocast casts")
+@pytest.mark.skipif(FUSED, reason="casts by itself")
+def test_autocast_casts():
+    """None of our kernels, which have not run on a GPU."""
+    tensors = operands(Problem((6,), 3, 5, 4))
+    with torch.autocast("cuda"):
+        output = blockdiag.linear(*tensors)
+        gradients(output, tensors, torch.randn_like(output))
+        seen = calls(lambda: gradients(blockdiag.linear(*tensors), tensors, torch.randn_like(output)))
+    assert GEMM in seen
+    assert "kernel" not in seen
+
+
+@pytest.mark.skipif(not FUSED, reason="autocast casts")
 def test_autocast_casts_at_once():
     """The float32 operands of each product in one launch, and no gradient."""
     tensors = operands(Problem((6,), 3, 5, 4))

@@ -143,7 +143,7 @@ bool fused_takes(const GemmProblem& problem) {
   // cuBLASLt misreads a leading dimension beyond 2^31 bytes before CUDA 13.2 (CUB-9572), and a bias of a vector before
   // 12.8 Update 1 (5104822).
   static const bool misreads_bias = cublasLtGetVersion() < 120804;
-  const int64_t max_ld = kBlasMax / size_of(dtype);
+  const int64_t max_ld = kBlasMax / size_of(dtype_of_c(problem));
   if (!(is_half(dtype) || dtype == DType::kFloat32) || !operands_are_of_one_type(float32) ||
       (float32.c && epilogue.bias) || epilogue.accumulate || gemm.batch > kMaxBatch ||
       std::max({gemm.a.ld, gemm.b.ld, gemm.c.ld}) > max_ld || (misreads_bias && is_of_a_vector(problem))) {
@@ -158,8 +158,8 @@ bool fused_run(const GemmProblem& problem, const Operands& operands) { return ru
 
 bool cublaslt_takes(const GemmProblem& problem) {
   // As a fallback it would only ask again what `fused` has asked.
-  return backend().preferred() == "cublaslt" && fused_takes(problem) && !problem.float32.any() &&
-         !is_of_a_vector(problem) && (!problem.epilogue.bias_grad || tuning().used > 0);
+  return !fuses() && fused_takes(problem) && !problem.float32.any() && !is_of_a_vector(problem) &&
+         (!problem.epilogue.bias_grad || tuning().used > 0);
 }
 
 bool cublaslt_run(const GemmProblem& problem, const Operands& operands) {

@@ -1,35 +1,34 @@
 #include "cast.h"
 
-#include "device.h"
-
-#include <c10/util/BFloat16.h>
+#include "small_blocks_memory.h"
 
 #include <algorithm>
 
 namespace blockdiag::cuda {
 namespace {
 
-constexpr int kVector = 8; // elements that a thread casts at once: 16 bytes of results
+constexpr int kElements = 8; // elements that a thread casts at once: 16 bytes of results
 constexpr int kThreads = 256;
 
 /// Row y of the grid casts tensor y.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) cast_kernel(const Casts casts) {
-  const Cast& cast = casts[blockIdx.y];
-  const bool aligned = reinterpret_cast<uintptr_t>(cast.from) % sizeof(float4) == 0;
-  const int64_t step = int64_t{gridDim.x} * kThreads * kVector;
-  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVector; i < cast.elements; i += step) {
-    T* const to = static_cast<T*>(cast.to) + i;
-    if (aligned && i + kVector <= cast.elements) {
-      const auto* const from = reinterpret_cast<const float4*>(cast.from + i);
-      const float4 low = from[0], high = from[1];
-      const T values[kVector] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      uint4 word;
-      memcpy(&word, values, sizeof(word));
-      *reinterpret_cast<uint4*>(to) = word;
+  const auto [from, to, elements] = casts[blockIdx.y];
+  const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  const int64_t step = int64_t{gridDim.x} * kThreads * kElements;
+  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kElements; i < elements; i += step) {
+    uint16_t* const at = static_cast<uint16_t*>(to) + i;
+    if (aligned && i + kElements <= elements) {
+      const auto low = read<Vector<float, 4>>(from + i, true), high = read<Vector<float, 4>>(from + i + 4, true);
+      const Vector<uint32_t, 4> pairs{
+          round_pair<T>(low.at[0], low.at[1]), round_pair<T>(low.at[2], low.at[3]),
+          round_pair<T>(high.at[0], high.at[1]), round_pair<T>(high.at[2], high.at[3])
+      };
+      write(at, pairs, true);
     } else {
-      for (int64_t j = 0; j < kVector && i + j < cast.elements; ++j) {
-        to[j] = T(cast.from[i + j]);
+      for (int j = 0; j < kElements; ++j) {
+        const bool valid = i + j < elements;
+        write(at + j, static_cast<uint16_t>(round_pair<T>(read<float>(from + i + j, valid), 0)), valid);
       }
     }
   }
@@ -38,22 +37,22 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const Casts casts) {
 } // namespace
 
 void cast_to_half(const Casts& casts, DType half) {
-  int64_t count = 0, most = 0;
-  for (const auto& cast : casts) {
-    most = std::max(most, cast.elements);
-    count += cast.elements > 0;
+  int64_t rows = 0, most = 0;
+  for (size_t i = 0; i < casts.size(); ++i) {
+    most = std::max(most, casts[i].elements);
+    rows = casts[i].elements > 0 ? static_cast<int64_t>(i) + 1 : rows;
   }
-  if (count == 0) {
+  if (rows == 0) {
     return;
   }
   // Enough to fill the device; a thread's further vectors cost no launch of thread blocks.
   constexpr int64_t kBlocks = 8;
   const int64_t blocks = std::min<int64_t>(
-      (most + kThreads * kVector - 1) / (kThreads * kVector),
+      (most + kThreads * kElements - 1) / (kThreads * kElements),
       kBlocks * at::cuda::getCurrentDeviceProperties()->multiProcessorCount
   );
   const auto kernel = half == DType::kFloat16 ? cast_kernel<c10::Half> : cast_kernel<c10::BFloat16>;
-  launch(kernel, blocks, count, kThreads, 0, casts);
+  launch(kernel, blocks, rows, kThreads, 0, casts);
 }
 
 } // namespace blockdiag::cuda
