@@ -67,9 +67,10 @@ def test_values():
     assert int(last.split()[0]) > 1500, last
 
 
-@pytest.mark.parametrize("library", ["cublas", "fused", "small_blocks"])
+@pytest.mark.parametrize("library", ["fused", "small_blocks"])
 def test_values_and_bounds(library):
-    """Those of the op. Every tensor has a separate allocation, which exposes accesses beyond it."""
+    """Those of the op; cuBLAS computes float64 and complex types. Every tensor has a separate allocation, which exposes
+    accesses beyond it."""
     files = ["linear", "random", "autograd", "autocast", "mixed_dtypes", "mixed_dtypes_traced"]
     last = run_on_fake(
         *("-m", "cuda", *EXCLUDING, *(f"tests/test_{name}.py" for name in files)),
