@@ -75,6 +75,7 @@ void test_every_part_of_a_problem_is_in_its_key() {
       [](LtProblem& p) { ++p.alignments[3]; },
       [](LtProblem& p) { ++p.workspace; },
       [](LtProblem& p) { p.deterministic = true; },
+      [](LtProblem& p) { p.float32.c = true; },
   };
   std::set<LtProblem::Key> keys = {make_problem().key()};
   std::set<size_t> hashes = {KeyHash()(make_problem().key())};
