@@ -63,7 +63,9 @@ class TestPreferredLibrary:
         try:
             assert blockdiag.backends.cuda.preferred_blas_library("cublaslt") == "cublaslt"
             assert blockdiag.build_info()["cuda_gemm"] == blockdiag.backends.cuda.preferred_blas_library() == "cublaslt"
-            with pytest.raises(ValueError, match=r'to be one of \[cublas, cublaslt, fused, small_blocks\], but got "fast"'):
+            with pytest.raises(
+                ValueError, match=r'to be one of \[cublas, cublaslt, fused, small_blocks\], but got "fast"'
+            ):
                 blockdiag.backends.cuda.preferred_blas_library("fast")
             assert blockdiag.backends.cuda.preferred_blas_library() == "cublaslt"
         finally:
