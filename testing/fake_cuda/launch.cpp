@@ -37,7 +37,7 @@ std::string name_of(const void* function) {
 template <typename T>
 Work cast_as(const blockdiag::cuda::Casts& casts) {
   return [casts] {
-    for (const auto& [from, to, elements] : casts) {
+    for (const auto& [from, to, elements] : casts.at) {
       std::copy_n(from, elements, static_cast<T*>(to));
     }
   };
@@ -45,7 +45,7 @@ Work cast_as(const blockdiag::cuda::Casts& casts) {
 
 /// blockdiag's kernel that casts, whose memory is checked.
 Work bind_cast(const std::string& name, const blockdiag::cuda::Casts& casts, int device) {
-  for (const auto& [from, to, elements] : casts) {
+  for (const auto& [from, to, elements] : casts.at) {
     const auto begin = reinterpret_cast<uintptr_t>(from), result = reinterpret_cast<uintptr_t>(to);
     if (elements > 0) {
       check_range("cast: from", begin, begin + elements * sizeof(float), device);

@@ -25,7 +25,7 @@ void test_casts(Random& random, const std::array<int64_t, 3>& sizes, int64_t mis
     for (int64_t j = 0; j < sizes[i]; ++j) {
       from.set(0, 0, j, random.number());
     }
-    casts[i] = {reinterpret_cast<const float*>(from.data()), to.data(), sizes[i]};
+    casts.at[i] = {reinterpret_cast<const float*>(from.data()), to.data(), sizes[i]};
   }
   const auto before = emulated::machine().launches;
   blockdiag::cuda::cast_to_half(casts, std::is_same_v<T, c10::Half> ? DType::kFloat16 : DType::kBFloat16);

@@ -3,6 +3,7 @@
 #include "small_blocks_memory.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace blockdiag::cuda {
 namespace {
@@ -13,7 +14,7 @@ constexpr int kThreads = 256;
 /// Row y of the grid casts tensor y.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) cast_kernel(const Casts casts) {
-  const auto [from, to, elements] = casts[blockIdx.y];
+  const auto [from, to, elements] = casts.at[blockIdx.y];
   const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
   const int64_t step = int64_t{gridDim.x} * kThreads * kElements;
   for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kElements; i < elements; i += step) {
@@ -38,9 +39,9 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const Casts casts) {
 
 void cast_to_half(const Casts& casts, DType half) {
   int64_t rows = 0, most = 0;
-  for (size_t i = 0; i < casts.size(); ++i) {
-    most = std::max(most, casts[i].elements);
-    rows = casts[i].elements > 0 ? static_cast<int64_t>(i) + 1 : rows;
+  for (int64_t i = 0; i < std::ssize(casts.at); ++i) {
+    most = std::max(most, casts.at[i].elements);
+    rows = casts.at[i].elements > 0 ? i + 1 : rows;
   }
   if (rows == 0) {
     return;

@@ -3,7 +3,6 @@
 
 #include "problem/dtype.h"
 
-#include <array>
 #include <cstdint>
 
 namespace blockdiag::cuda {
@@ -16,7 +15,9 @@ struct Cast {
 };
 
 /// The tensors of one product: two operands and a bias.
-using Casts = std::array<Cast, 3>;
+struct Casts {
+  Cast at[3];
+};
 
 /// Queues the casts on the current stream. Rounds to nearest even, as torch does.
 void cast_to_half(const Casts& casts, DType half);

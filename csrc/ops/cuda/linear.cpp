@@ -61,7 +61,7 @@ void cast_at_once(Tensors& tensors, at::ScalarType dtype) {
       continue;
     }
     auto result = at::empty_like(tensor, tensor.options().dtype(dtype), at::MemoryFormat::Preserve);
-    casts[count++] = {tensor.const_data_ptr<float>(), result.mutable_data_ptr(), tensor.numel()};
+    casts.at[count++] = {tensor.const_data_ptr<float>(), result.mutable_data_ptr(), tensor.numel()};
     tensor = std::move(result); // its float32 memory is another owner's
   }
   if (count > 0) {
