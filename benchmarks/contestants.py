@@ -296,12 +296,8 @@ CUDA_VARIANTS: dict[str, Callable[[], AbstractContextManager]] = {
     "ours_unsplit": lambda: _cuda_gemm("small_blocks", split_rows=1 << 62),
 }
 OURS = ("ours", *CUDA_VARIANTS)
-LIBRARIES = (
-    "ours_lt",
-    "ours_fused",
-    "ours_tuned",
-    "ours_small",
-)  # the variants that run where a suite names no contestants
+# The variants that run where a suite names no contestants.
+LIBRARIES = ("ours_lt", "ours_fused", "ours_tuned", "ours_small")
 
 
 def context_of(name: str) -> AbstractContextManager:

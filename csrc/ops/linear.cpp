@@ -365,9 +365,12 @@ std::tuple<at::Tensor, at::Tensor> compute_linear_weight_bias_grad(
     return lower_linear_weight_grad(tensors[0], tensors[1], weight_sizes, dtype);
   };
   auto product = lower_or_cast(lower, {grad_output, input}, out_dtype, is_rounded(grad_output), backend);
-  product.problem.epilogue.bias_grad = true;
-  if (auto grads = compute_with_bias_grad(product, backend)) {
-    return std::move(*grads);
+  // A gradient that was cast is summed as it was.
+  product.problem.epilogue.bias_grad = product.b.scalar_type() == grad_output.scalar_type();
+  if (product.problem.epilogue.bias_grad) {
+    if (auto grads = compute_with_bias_grad(product, backend)) {
+      return std::move(*grads);
+    }
   }
   product.problem.epilogue.bias_grad = false;
   auto weight_grad = compute(product, backend);
