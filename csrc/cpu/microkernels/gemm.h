@@ -106,9 +106,10 @@ constexpr auto strip_functions(std::integer_sequence<int, kRow...> /*rows*/) {
 /// Computes `rows` rows of a panel, split evenly into as few strips as possible.
 template <typename Packed, typename Out, int kVectors, bool kLeftTransposed>
 void gemm_strips(Strip<Out> strip, int64_t rows) {
+  constexpr int kMaxRows = kLeftTransposed ? kStripRowsTransposed : kStripRows;
   static constexpr auto kFunctions =
-      strip_functions<Packed, Out, kVectors, kLeftTransposed>(std::make_integer_sequence<int, kStripRows>());
-  for (int64_t strips = (rows + kStripRows - 1) / kStripRows; strips > 0; --strips) {
+      strip_functions<Packed, Out, kVectors, kLeftTransposed>(std::make_integer_sequence<int, kMaxRows>());
+  for (int64_t strips = (rows + kMaxRows - 1) / kMaxRows; strips > 0; --strips) {
     const int64_t count = (rows + strips - 1) / strips;
     if (strip.prefetch_lines >= 0) {
       for (int64_t i = kAheadRows; i < kAheadRows + count; ++i) {
@@ -184,8 +185,8 @@ void gemm_tile(
       const float* right_data = panel;
       int64_t right_ld = kPanelCols;
       if constexpr (kDepth == 1 && Packed::template kReadInPlace<Right>) {
-        // In place if vectors are full, and the operand is read only a few times or its rows are close together.
-        if (!gemm.a.transpose && width % Vector::kLanes == 0 && (rows <= kInPlaceRows || gemm.a.ld <= kInPlaceLd)) {
+        const bool small = rows <= kInPlaceRows || std::max(rows, depth) <= kInPlaceSquare || gemm.a.ld <= kInPlaceLd;
+        if (small && !gemm.a.transpose && width % Vector::kLanes == 0) { // vectors are full
           right_data = right_part;
           right_ld = gemm.a.ld;
         }

@@ -28,7 +28,7 @@ struct Tiles {
       cols = (cols / 2 + kPanelCols - 1) / kPanelCols * kPanelCols;
       update();
     }
-    while (uneven() && rows > 2 * kStripRows) {
+    while (uneven() && rows > 2 * kStripRowsTransposed) {
       rows = (rows + 1) / 2;
       update();
     }

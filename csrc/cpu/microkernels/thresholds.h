@@ -1,8 +1,7 @@
 // Crossover points between algorithms, and the sizes of tiles and panels.
 //
-// Tuned on a 2-core AMD EPYC (Zen 5) with AVX-512; benchmarks/results has the times there, and of that CPU
-// limited to AVX2. What concerns prefetching, and kSomeRows, were tuned on Zen 3, with AVX2. A value that names no
-// instruction set serves both.
+// Tuned on 2-core AMD EPYCs: Zen 5 with AVX-512, and limited to AVX2; the strips of AVX-512 and what is read in place on
+// Zen 4; prefetching and kSomeRows on Zen 3, with AVX2. A value that names no instruction set serves both.
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -10,8 +9,13 @@
 namespace blockdiag::cpu {
 namespace {
 
-/// Rows of a strip, each with two vectors of sums; some of the 32 registers (AVX-512) or 16 (AVX2) hold operands.
-constexpr int kStripRows = Vector::kLanes == 16 ? 14 : 6;
+/// Whether the instruction set has 32 registers of 16 lanes (AVX-512), or 16 of 8 (AVX2).
+constexpr bool kWideVectors = Vector::kLanes == 16;
+
+/// Rows of a strip, each with two vectors of sums. A transposed left operand allows as many as fit the registers. The
+/// rows of another one are read at once, and evict each other from a first cache of 8 ways where they are a multiple of
+/// 4 KiB apart. With so few, the multiply-adds still outnumber the latency of one.
+constexpr int kStripRows = kWideVectors ? 8 : 6, kStripRowsTransposed = kWideVectors ? 14 : 6;
 
 /// A panel of the right operand, in packed elements. Fits the L1 cache.
 constexpr int kPanelCols = 2 * Vector::kLanes;
@@ -32,16 +36,17 @@ constexpr int64_t kShallow = 4, kWide = 512;
 /// Multiplications that are worth waking a thread for. With few rows, each one reads its right operand from memory.
 constexpr int64_t kThreadProducts = 1 << 18, kThreadProductsFewRows = 1 << 17;
 
-/// Up to this many rows, or up to this leading dimension, a right operand that is not transposed is read in place.
-constexpr int64_t kInPlaceRows = 4 * kStripRows, kInPlaceLd = kTile;
+/// A right operand that is not transposed is read in place for so few rows, for tiles of so few rows and depth, or if its
+/// rows are so close together.
+constexpr int64_t kInPlaceRows = 4 * kStripRowsTransposed, kInPlaceSquare = kWideVectors ? 128 : 0, kInPlaceLd = kTile;
 
 /// Rows of one block of an activation are this far apart, or farther, where powers of two share few sets of the cache.
 constexpr int64_t kFarLd = 256;
-/// From this many elements on, an activation leaves the first cache from block to block, and the second.
-constexpr int64_t kLarge = 1 << 17, kVeryLarge = 1 << 19;
+/// An activation of so many elements leaves the second cache from block to block; one of kLarge had better be packed.
+constexpr int64_t kVeryLarge = 1 << 19, kLarge = kWideVectors ? kVeryLarge : 1 << 17;
 /// Up to this many columns, rows of a very large activation are prefetched so many in advance, in strips, and while they
 /// are packed: each is a few lines in a page of its own, which the hardware does not prefetch.
-constexpr int64_t kNarrow = 64, kAheadRows = 2 * kStripRows, kAheadDepth = 24;
+constexpr int64_t kNarrow = 64, kAheadRows = 2 * kStripRowsTransposed, kAheadDepth = 24;
 
 inline bool is_large(int64_t rows, int64_t ld) { return ld >= kFarLd && rows * ld >= kLarge; }
 inline bool wants_prefetch(int64_t rows, int64_t width, int64_t ld) {
