@@ -137,38 +137,45 @@ void gemm_panel(const Strip<Out>& strip, int64_t rows, int64_t cols, bool left_t
   }
 }
 
-/// One tile of one block: left (b) is rows x depth, right (a) is depth x cols. Adds left's rows up into `row_sums`,
-/// unless that is null.
+/// One tile of one block: left (b) is rows x depth, right (a) is depth x cols.
+template <typename Half, typename Left, typename Right, typename Out>
+struct Tile {
+  const Left* left;
+  const Right* right;
+  Elements<Half> bias;
+  Out* out;
+  int64_t rows, cols;
+  float* sums;      // rows x cols, for what Out cannot hold; null if it can
+  double* row_sums; // left's rows are added up into them; null if not
+};
+
+/// The tiles of a GEMM, a part of the depth at a time.
 template <typename Packed, typename Half, typename Left, typename Right, typename Out>
-void gemm_tile(
-    const Gemm& gemm, const Left* left, const Right* right, const Elements<Half>& bias, Out* out, int64_t rows,
-    int64_t cols, double* row_sums
-) {
-  constexpr int kDepth = Packed::kDepth;
+struct TileProduct {
+  static constexpr int kDepth = Packed::kDepth;
+  static constexpr int64_t kPartDepth = kPanelDepth * kDepth;
+
+  const Gemm& gemm;
   // A transposed left operand is read across its rows: packing pays off if that happens often, or if each time the rows
-  // evict each other from the first cache.
-  const bool few_panels = gemm.m <= kPanelCols || (gemm.m < kTile && !is_large(gemm.k, gemm.b.ld));
+  // evict each other from the first cache, or come from pages of their own.
+  const bool cheap_across =
+      gemm.m <= kPanelCols ? !is_spread(gemm.k, gemm.b.ld) : gemm.m < kTile && !is_large(gemm.k, gemm.b.ld);
   const bool in_place =
-      Packed::template kReadInPlace<Left> && (gemm.b.transpose ? kDepth == 1 && few_panels : gemm.k % kDepth == 0);
+      Packed::template kReadInPlace<Left> && (gemm.b.transpose ? kDepth == 1 && cheap_across : gemm.k % kDepth == 0);
   const bool prefetch_left =
       gemm.b.transpose ? wants_prefetch(gemm.k, gemm.n, gemm.b.ld) : wants_prefetch(gemm.n, gemm.k, gemm.b.ld);
+  const bool prefetch_right = wants_prefetch(gemm.k, gemm.m, gemm.a.ld);
   // Partial sums between panels along the depth are float32, which a half type cannot hold.
-  const bool sum_apart = !std::is_same_v<Out, float> && gemm.k > kPanelDepth * kDepth;
+  const bool sum_apart = !std::is_same_v<Out, float> && gemm.k > kPartDepth;
 
-  alignas(64) float panel[kPanelDepth * kPanelCols];
-  alignas(64) float bias_panel[kPanelCols];
-  const size_t left_size = in_place ? 0 : rows * std::min(gemm.k, kPanelDepth);
-  const size_t sums_size = sum_apart ? rows * cols : 0;
-  c10::DataPtr scratch;
-  if (left_size + sums_size > 0) {
-    scratch = c10::GetCPUAllocator()->allocate((left_size + sums_size) * sizeof(float));
-  }
-  auto* const packed_left = static_cast<float*>(scratch.get());
-  float* const sums = packed_left + left_size;
+  /// Floats of scratch memory for a tile of so many rows.
+  int64_t packed_size(int64_t rows) const { return in_place ? 0 : rows * std::min(gemm.k, kPanelDepth); }
 
-  for (int64_t p0 = 0; p0 < gemm.k; p0 += kPanelDepth * kDepth) {
-    const int64_t depth = std::min(kPanelDepth * kDepth, gemm.k - p0);
-    const Left* const left_part = left + (gemm.b.transpose ? p0 * gemm.b.ld : p0);
+  /// Adds the products from p0 on, kPartDepth of them.
+  void add_part(const Tile<Half, Left, Right, Out>& tile, int64_t p0, float* packed_left) const {
+    const int64_t rows = tile.rows;
+    const int64_t depth = std::min(kPartDepth, gemm.k - p0);
+    const Left* const left_part = tile.left + (gemm.b.transpose ? p0 * gemm.b.ld : p0);
     const auto* left_data = reinterpret_cast<const char*>(left_part);
     int64_t left_stride = gemm.b.ld * static_cast<int64_t>(sizeof(Left));
     if (!in_place) {
@@ -176,25 +183,27 @@ void gemm_tile(
                     sizeof(float);
       left_data = reinterpret_cast<const char*>(packed_left);
     }
-    if (row_sums != nullptr) {
-      add_over_depth(left_part, gemm.b.ld, rows, depth, row_sums);
+    if (tile.row_sums != nullptr) {
+      add_over_depth(left_part, gemm.b.ld, rows, depth, tile.row_sums);
     }
-    for (int64_t j = 0; j < cols; j += kPanelCols) {
-      const int64_t width = std::min<int64_t>(cols - j, kPanelCols);
-      const Right* const right_part = right + (gemm.a.transpose ? j * gemm.a.ld + p0 : p0 * gemm.a.ld + j);
+    alignas(64) float panel[kPanelDepth * kPanelCols];
+    alignas(64) float bias_panel[kPanelCols];
+    for (int64_t j = 0; j < tile.cols; j += kPanelCols) {
+      const int64_t width = std::min<int64_t>(tile.cols - j, kPanelCols);
+      const Right* const right_part = tile.right + (gemm.a.transpose ? j * gemm.a.ld + p0 : p0 * gemm.a.ld + j);
       const float* right_data = panel;
       int64_t right_ld = kPanelCols;
       if constexpr (kDepth == 1 && Packed::template kReadInPlace<Right>) {
         const bool small = rows <= kInPlaceRows || std::max(rows, depth) <= kInPlaceSquare || gemm.a.ld <= kInPlaceLd;
-        if (small && !gemm.a.transpose && width % Vector::kLanes == 0) { // vectors are full
+        const bool one_line = gemm.m * static_cast<int64_t>(sizeof(Right)) <= kLineBytes;
+        const bool spread = prefetch_right && !one_line && is_spread(gemm.k, gemm.a.ld);
+        if (small && !spread && !gemm.a.transpose && width % Vector::kLanes == 0) { // vectors are full
           right_data = right_part;
           right_ld = gemm.a.ld;
         }
       }
       if (right_data == panel) {
-        pack_right<Packed>(
-            right_part, gemm.a.ld, gemm.a.transpose, depth, width, wants_prefetch(gemm.k, gemm.m, gemm.a.ld), panel
-        );
+        pack_right<Packed>(right_part, gemm.a.ld, gemm.a.transpose, depth, width, prefetch_right, panel);
       }
       // The first panel brings the left operand into the cache.
       const int left_lines = j == 0 ? static_cast<int>((gemm.k * sizeof(Left) + kLineBytes - 1) / kLineBytes) : 0;
@@ -206,10 +215,10 @@ void gemm_tile(
             added = to;
             added_ld = to_ld;
           }
-        } else if (bias) {
+        } else if (tile.bias) {
           for (int64_t col = 0; col < width; col += Vector::kLanes) {
             const auto count = static_cast<int>(std::min<int64_t>(width - col, Vector::kLanes));
-            Vector::store(bias.load(j + col, count), bias_panel + col);
+            Vector::store(tile.bias.load(j + col, count), bias_panel + col);
           }
           added = bias_panel;
         }
@@ -229,22 +238,24 @@ void gemm_tile(
         };
         gemm_panel<Packed>(strip, rows, width, gemm.b.transpose);
       };
-      if (sum_apart) {
-        compute(sums + j, cols);
+      if (tile.sums != nullptr) {
+        compute(tile.sums + j, tile.cols);
       } else {
-        compute(out + j, gemm.c.ld);
+        compute(tile.out + j, gemm.c.ld);
       }
     }
   }
-  if (sum_apart) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < cols; j += Vector::kLanes) {
-        const auto count = static_cast<int>(std::min<int64_t>(cols - j, Vector::kLanes));
-        store_partial(load_partial(sums + i * cols + j, count), out + i * gemm.c.ld + j, count);
+
+  /// Rounds the sums of a tile that has been summed apart.
+  void store_sums(const Tile<Half, Left, Right, Out>& tile) const {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      for (int64_t j = 0; j < tile.cols; j += Vector::kLanes) {
+        const auto count = static_cast<int>(std::min<int64_t>(tile.cols - j, Vector::kLanes));
+        store_partial(load_partial(tile.sums + i * tile.cols + j, count), tile.out + i * gemm.c.ld + j, count);
       }
     }
   }
-}
+};
 
 } // namespace
 } // namespace blockdiag::cpu

@@ -34,22 +34,34 @@ struct Tiles {
     }
   }
 
-  /// Calls compute(block, first row, rows, first column, columns) for every tile. Threads get several tiles each if one
-  /// has fewer than `min_products` products, too few to wake a thread for.
+  /// Calls compute(begin, end) for all tiles from begin to end. Threads get several tiles each if one has fewer than
+  /// `min_products` products, too few to wake a thread for.
   template <typename Compute>
-  void for_each(const Gemm& gemm, int64_t min_products, const Compute& compute) const {
+  void for_ranges(const Gemm& gemm, int64_t min_products, const Compute& compute) const {
+    const int64_t grain = std::max<int64_t>(min_products / (rows * cols * gemm.k), 1);
+    at::parallel_for(0, count, grain, compute);
+  }
+
+  /// Calls compute(block, first row, rows, first column, columns) for a tile.
+  template <typename Compute>
+  void at(const Gemm& gemm, int64_t index, const Compute& compute) const {
     // Narrow blocks share cache lines of the activations: all blocks of some rows come before the next rows, provided
     // that all their right operands stay in the L2 cache.
     constexpr int64_t kCached = 1 << 16;
     const bool blocks_first = gemm.batch * gemm.m * gemm.k <= kCached;
-    const int64_t grain = std::max<int64_t>(min_products / (rows * cols * gemm.k), 1);
-    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t outer = task / col_count;
-        const int64_t block = blocks_first ? outer % gemm.batch : outer / row_count;
-        const int64_t i = (blocks_first ? outer / gemm.batch : outer % row_count) * rows;
-        const int64_t j = task % col_count * cols;
-        compute(block, i, std::min(rows, gemm.n - i), j, std::min(cols, gemm.m - j));
+    const int64_t outer = index / col_count;
+    const int64_t block = blocks_first ? outer % gemm.batch : outer / row_count;
+    const int64_t i = (blocks_first ? outer / gemm.batch : outer % row_count) * rows;
+    const int64_t j = index % col_count * cols;
+    compute(block, i, std::min(rows, gemm.n - i), j, std::min(cols, gemm.m - j));
+  }
+
+  /// The same for every tile.
+  template <typename Compute>
+  void for_each(const Gemm& gemm, int64_t min_products, const Compute& compute) const {
+    for_ranges(gemm, min_products, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        at(gemm, index, compute);
       }
     });
   }
@@ -77,40 +89,34 @@ void run(const GemmProblem& problem, const Operands& operands) {
   const auto out_at = [&](int64_t block, int64_t i, int64_t j) {
     return static_cast<Out*>(operands.c) + block * gemm.c.stride + i * gemm.c.ld + j;
   };
-  /// Calls compute(row_sums) for a tile, and stores the sums of the left operand's rows if they are wanted.
-  const auto with_row_sums = [&](int64_t block, int64_t i, int64_t rows, int64_t j, const auto& compute) {
-    if (!problem.epilogue.bias_grad || j > 0) {
-      compute(static_cast<double*>(nullptr));
-      return;
-    }
-    double sums[kTile] = {};
-    compute(sums);
+  const auto wants_row_sums = [&](int64_t j) { return problem.epilogue.bias_grad && j == 0; };
+  const auto store_row_sums = [&](int64_t block, int64_t i, int64_t rows, const double* sums) {
     Out* const to = static_cast<Out*>(operands.bias_grad) + block * gemm.n + i;
     for (int64_t row = 0; row < rows; ++row) {
       to[row] = static_cast<Out>(static_cast<float>(sums[row]));
     }
   };
   const auto with_few_rows = [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols, const auto& compute) {
-    with_row_sums(block, i, rows, j, [&](double* row_sums) {
-      const auto* const left = left_at(block, i);
-      const FewRows<Half, Right, Out> part{
-          .left = elements(left, !std::is_same_v<Left, float>),
-          .left_row_stride = gemm.b.transpose ? 1 : gemm.b.ld,
-          .left_depth_stride = gemm.b.transpose ? gemm.b.ld : 1,
-          .right = right_at(block, j),
-          .right_ld = gemm.a.ld,
-          .bias = bias_at(block, j),
-          .out = out_at(block, i, j),
-          .out_ld = gemm.c.ld,
-          .rows = rows,
-          .cols = cols,
-          .depth = gemm.k,
-      };
-      compute(part, left);
-      if (row_sums != nullptr) {
-        add_over_depth(left, gemm.b.ld, rows, gemm.k, row_sums);
-      }
-    });
+    const auto* const left = left_at(block, i);
+    const FewRows<Half, Right, Out> part{
+        .left = elements(left, !std::is_same_v<Left, float>),
+        .left_row_stride = gemm.b.transpose ? 1 : gemm.b.ld,
+        .left_depth_stride = gemm.b.transpose ? gemm.b.ld : 1,
+        .right = right_at(block, j),
+        .right_ld = gemm.a.ld,
+        .bias = bias_at(block, j),
+        .out = out_at(block, i, j),
+        .out_ld = gemm.c.ld,
+        .rows = rows,
+        .cols = cols,
+        .depth = gemm.k,
+    };
+    compute(part, left);
+    if (wants_row_sums(j)) {
+      double sums[kTile] = {};
+      add_over_depth(left, gemm.b.ld, rows, gemm.k, sums);
+      store_row_sums(block, i, rows, sums);
+    }
   };
   const bool few_rows = gemm.n <= kFewRows;
   const int64_t min_products = few_rows ? kThreadProductsFewRows : kThreadProducts;
@@ -143,15 +149,56 @@ void run(const GemmProblem& problem, const Operands& operands) {
           with_few_rows(block, i, rows, j, cols, [](const auto& part, auto /*left*/) { gemv(part); });
         });
   } else {
-    Tiles(gemm, kTile, kTile)
-        .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-          with_row_sums(block, i, rows, j, [&](double* row_sums) {
-            gemm_tile<Packed>(
-                gemm, left_at(block, i), right_at(block, j), bias_at(block, j), out_at(block, i, j), rows, cols,
-                row_sums
-            );
+    const TileProduct<Packed, Half, Left, Right, Out> product{gemm};
+    const Tiles tiles(gemm, kTile, kTile);
+    const int64_t sums_size = tiles.rows * tiles.cols;
+    const bool parts = gemm.k > product.kPartDepth;
+    const int64_t max_group = parts ? std::max<int64_t>(kGroupSums / sums_size, 1) : 1;
+    tiles.for_ranges(gemm, min_products, [&](int64_t begin, int64_t end) {
+      const int64_t group = std::min(max_group, end - begin);
+      const int64_t row_sums_size = problem.epilogue.bias_grad ? group * tiles.rows : 0;
+      const int64_t floats = product.packed_size(tiles.rows) + (product.sum_apart ? group * sums_size : 0);
+      c10::DataPtr scratch;
+      if (row_sums_size + floats > 0) {
+        scratch = c10::GetCPUAllocator()->allocate(row_sums_size * sizeof(double) + floats * sizeof(float));
+      }
+      auto* const row_sums = static_cast<double*>(scratch.get());
+      auto* const sums = reinterpret_cast<float*>(row_sums + row_sums_size);
+      float* const packed_left = sums + (product.sum_apart ? group * sums_size : 0);
+      for (int64_t first = begin; first < end; first += group) {
+        const auto for_each_tile = [&](const auto& function) {
+          for (int64_t index = first; index < std::min(first + group, end); ++index) {
+            tiles.at(gemm, index, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+              const Tile<Half, Left, Right, Out> tile{
+                  .left = left_at(block, i),
+                  .right = right_at(block, j),
+                  .bias = bias_at(block, j),
+                  .out = out_at(block, i, j),
+                  .rows = rows,
+                  .cols = cols,
+                  .sums = product.sum_apart ? sums + (index - first) * sums_size : nullptr,
+                  .row_sums = wants_row_sums(j) ? row_sums + (index - first) * tiles.rows : nullptr,
+              };
+              function(tile, block, i);
+            });
+          }
+        };
+        std::fill_n(row_sums, row_sums_size, 0.0);
+        for (int64_t p0 = 0; p0 < gemm.k; p0 += product.kPartDepth) {
+          for_each_tile([&](const auto& tile, int64_t /*block*/, int64_t /*i*/) {
+            product.add_part(tile, p0, packed_left);
           });
+        }
+        for_each_tile([&](const auto& tile, int64_t block, int64_t i) {
+          if (tile.sums != nullptr) {
+            product.store_sums(tile);
+          }
+          if (tile.row_sums != nullptr) {
+            store_row_sums(block, i, tile.rows, tile.row_sums);
+          }
         });
+      }
+    });
   }
 }
 

@@ -63,6 +63,7 @@ int64_t pack_left(
         const auto count = static_cast<int>(std::min<int64_t>(rows - i, Vector::kLanes));
         if (prefetch) {
           __builtin_prefetch(data + (p + kAheadDepth) * ld + i);
+          __builtin_prefetch(data + p * ld + i + rows); // the next block's
         }
         store_partial(Packed::pack_across_depth(data + p * ld + i, ld, deep, count), packed + i, count);
       }

@@ -23,6 +23,9 @@ constexpr int64_t kPanelDepth = 256;
 
 /// Rows and columns of a tile, the work of one task.
 constexpr int64_t kTile = 256;
+/// Tiles with so many sums together take turns along the depth: those of narrow blocks read the same pages, which long
+/// activations have more of than the TLB.
+constexpr int64_t kGroupSums = 1 << 16;
 /// Columns of a tile that is read and written row by row.
 constexpr int64_t kLongRow = 4096;
 
@@ -48,6 +51,10 @@ constexpr int64_t kVeryLarge = 1 << 19, kLarge = kWideVectors ? kVeryLarge : 1 <
 /// are packed: each is a few lines in a page of its own, which the hardware does not prefetch.
 constexpr int64_t kNarrow = 64, kAheadRows = 2 * kStripRowsTransposed, kAheadDepth = 24;
 
+/// Its rows from so far apart on are in pages of their own.
+constexpr int64_t kPageLd = 1024;
+
+inline bool is_spread(int64_t rows, int64_t ld) { return ld >= kPageLd && rows * ld >= kVeryLarge; }
 inline bool is_large(int64_t rows, int64_t ld) { return ld >= kFarLd && rows * ld >= kLarge; }
 inline bool wants_prefetch(int64_t rows, int64_t width, int64_t ld) {
   return ld >= kFarLd && width <= kNarrow && rows * ld >= kVeryLarge;
