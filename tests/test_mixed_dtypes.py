@@ -41,7 +41,7 @@ def mixed(problem, dtypes, device, **options):
 
 def converts(device: str, half: torch.dtype) -> bool:
     """Whether the kernels multiply float32 operands as they are: not if they multiply half types natively, or cast."""
-    kernels = {"avx2", "avx512"} | ({"avx512_bf16", "native_half"} if half == torch.float16 else set())
+    kernels = {"avx2", "avx512"} | ({"avx512_bf16"} if half == torch.float16 else set())
     return device == "cpu" and blockdiag.build_info()["cpu_gemm"] in kernels
 
 

@@ -58,8 +58,13 @@ class Providers {
     });
   }
 
-  /// Whether the preferred provider takes the problem itself.
-  bool preferred_takes(const GemmProblem& problem) const { return providers_[first_].takes(problem); }
+  /// Whether the provider that would compute `problem` takes `other` itself.
+  bool same_takes(const GemmProblem& problem, const GemmProblem& other) const {
+    const auto provider = std::find_if(providers_.begin() + first_, providers_.end(), [&](const auto& each) {
+      return each.takes(problem);
+    });
+    return provider != providers_.end() && provider->takes(other);
+  }
 
   /// Computes the problem; false if no provider did.
   bool run(const GemmProblem& problem, const Operands& operands) const {

@@ -73,6 +73,16 @@ void test_those_before_the_preferred_one_are_left_out() {
   require(providers.preferred() == "picky", "and changes nothing");
 }
 
+void test_who_computes_a_problem_is_asked_about_another() {
+  const Providers providers(three(), "UNSET_VARIABLE");
+  const GemmProblem half{{}, DType::kFloat16, {}}, single{{}, DType::kFloat32, {}};
+  const GemmProblem half_grad{{}, DType::kFloat16, {.bias_grad = true}},
+      single_grad{{}, DType::kFloat32, half_grad.epilogue};
+  require(providers.same_takes(half, half_grad) && !providers.same_takes(half, single), "the first, if it takes both");
+  require(!providers.same_takes(single, single_grad), "the first that takes a problem, where another one is preferred");
+  require(!providers.same_takes(single_grad, single), "nobody, where nobody computes it");
+}
+
 void test_the_environment_variable_goes_before_the_default() {
   setenv("BLOCKDIAG_TEST_GEMM", "picky", /*overwrite=*/1);
   require(Providers(three(), "BLOCKDIAG_TEST_GEMM", "fallback").preferred() == "picky", "the variable is read");
@@ -95,6 +105,7 @@ void test_the_environment_variable_goes_before_the_default() {
 int main() {
   test_the_first_that_takes_a_problem_computes_it();
   test_those_before_the_preferred_one_are_left_out();
+  test_who_computes_a_problem_is_asked_about_another();
   test_the_environment_variable_goes_before_the_default();
   std::puts("all passed");
 }
