@@ -22,57 +22,16 @@ struct FewRows {
   int64_t rows, cols, depth;
 };
 
-/// For left_depth_stride 1 and a transposed right operand, (p, j) at p + j * right_ld. Each sum runs along a vector.
-/// `left` is part.left.
-template <bool kShortRows, typename Half, typename Left, typename Right, typename Out>
-void gemv_transposed(const FewRows<Half, Right, Out>& part, const Left* left) {
-  constexpr int kLanes = Vector::kLanes;
-  // Too many rows are open at once for the hardware prefetcher: short rows are prefetched some steps ahead.
-  const int64_t ahead = kLanes * std::max<int64_t>(kPrefetchDistance / part.depth, 1) * part.right_ld;
-  for (int64_t j = 0; j < part.cols; j += kLanes) {
-    const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, kLanes));
-    const Right* starts[kLanes]; // of the right operand's rows; the last one repeats
-    for (int r = 0; r < kLanes; ++r) {
-      starts[r] = part.right + (j + std::min(r, count - 1)) * part.right_ld;
-    }
-    for (int64_t i = 0; i < part.rows; ++i) {
-      Vector sums[kLanes];
-#pragma GCC unroll 16
-      for (auto& sum : sums) {
-        sum = Vector::zero();
-      }
-      const auto add = [&](int64_t p, int deep) {
-        const auto factor = load_partial(left + i * part.left_row_stride + p, deep);
-#pragma GCC unroll 16
-        for (int r = 0; r < kLanes; ++r) {
-          sums[r] = sums[r].plus_product(factor, load_partial(starts[r] + p, deep));
-          if constexpr (kShortRows) {
-            __builtin_prefetch(starts[r] + ahead + p, 0, 2);
-          }
-        }
-      };
-      int64_t p = 0;
-      for (; p + kLanes <= part.depth; p += kLanes) {
-        add(p, kLanes);
-      }
-      if (p < part.depth) {
-        add(p, static_cast<int>(part.depth - p));
-      }
-      Vector total = sum_each(sums);
-      if (part.bias) {
-        total = total + part.bias.load(j, count);
-      }
-      store_partial(total, part.out + i * part.out_ld + j, count);
-    }
-  }
-}
-
-/// The same for a few more rows, `left`, (i, p) at i * left_ld + p in float32: dot products of four rows at a time with as
-/// many rows of the right operand as there are registers for. That operand is read once from memory, and not packed.
-template <typename Half, typename Right, typename Out>
-void dot_products(const FewRows<Half, Right, Out>& part, const float* left, int64_t left_ld) {
-  constexpr int kRows = 4, kCols = Vector::kLanes / kRows;
-  const int64_t ahead = kCols * std::max<int64_t>(kPrefetchDistanceDots / part.depth, 1) * part.right_ld;
+/// For a transposed right operand, (p, j) at p + j * right_ld: each sum runs along a vector. `left`, (i, p) at i * left_ld
+/// + p, is part.left or the same in float32. kRows rows of it at a time, with as many rows of the right operand as there
+/// are registers for. That operand is read once from memory, and not packed.
+///
+/// Not inlined: in its callers the sums do not stay in registers.
+template <int kRows, typename Half, typename Left, typename Right, typename Out>
+[[gnu::noinline]] void dot_products(const FewRows<Half, Right, Out>& part, const Left* left, int64_t left_ld) {
+  constexpr int kCols = Vector::kLanes / kRows;
+  // Too many rows are open at once for the hardware prefetcher: they are prefetched some steps ahead.
+  const int64_t ahead = kCols * std::max<int64_t>(kPrefetchDistance / (kCols * part.depth), 1) * part.right_ld;
   for (int64_t j = 0; j < part.cols; j += kCols) {
     const auto cols = static_cast<int>(std::min<int64_t>(part.cols - j, kCols));
     const Right* right[kCols]; // the last one repeats
@@ -81,7 +40,7 @@ void dot_products(const FewRows<Half, Right, Out>& part, const float* left, int6
     }
     for (int64_t i = 0; i < part.rows; i += kRows) {
       const auto rows = static_cast<int>(std::min<int64_t>(part.rows - i, kRows));
-      const float* rows_of_left[kRows]; // the last one repeats
+      const Left* rows_of_left[kRows]; // the last one repeats
       for (int r = 0; r < kRows; ++r) {
         rows_of_left[r] = left + (i + std::min(r, rows - 1)) * left_ld;
       }
@@ -91,21 +50,21 @@ void dot_products(const FewRows<Half, Right, Out>& part, const float* left, int6
         sum = Vector::zero();
       }
       const bool first = i == 0;
-      const auto add = [&](int64_t p, int deep) {
-        Vector factors[kCols];
+      const auto add = [&](int64_t p, int deep) __attribute__((always_inline)) {
+        Vector factors[kRows];
 #pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          factors[r] = load_partial(rows_of_left[r] + p, deep);
+        }
+#pragma GCC unroll 16
         for (int c = 0; c < kCols; ++c) {
-          factors[c] = load_partial(right[c] + p, deep);
+          const auto row = load_partial(right[c] + p, deep);
           if (first) {
             __builtin_prefetch(right[c] + ahead + p, 0, 2);
           }
-        }
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const auto row = load_partial(rows_of_left[r] + p, deep);
-#pragma GCC unroll 4
-          for (int c = 0; c < kCols; ++c) {
-            sums[r * kCols + c] = sums[r * kCols + c].plus_product(row, factors[c]);
+          for (int r = 0; r < kRows; ++r) {
+            sums[r * kCols + c] = sums[r * kCols + c].plus_product(factors[r], row);
           }
         }
       };
@@ -116,10 +75,25 @@ void dot_products(const FewRows<Half, Right, Out>& part, const float* left, int6
       if (p < part.depth) {
         add(p, static_cast<int>(part.depth - p));
       }
-      float totals[kRows * kCols];
-      Vector::store(sum_each(sums), totals);
+      const Vector total = sum_each(sums);
+      const auto store = [&](Vector sum, int r) {
+        if (part.bias) {
+          sum = sum + part.bias.load(j, cols);
+        }
+        store_partial(sum, part.out + (i + r) * part.out_ld + j, cols);
+      };
+      if constexpr (kRows == 1) {
+        store(total, 0);
+        continue;
+      }
+      float totals[Vector::kLanes];
+      Vector::store(total, totals);
       for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < cols; ++c) {
+        if constexpr (kWideVectors) {
+          store(load_partial(totals + r * kCols, cols), r);
+          continue;
+        }
+        for (int c = 0; c < cols; ++c) { // few, and AVX2's masked stores are slow
           const float bias = part.bias ? part.bias[j + c] : 0.0F;
           part.out[(i + r) * part.out_ld + j + c] = static_cast<Out>(totals[r * kCols + c] + bias);
         }

@@ -120,26 +120,21 @@ void run(const GemmProblem& problem, const Operands& operands) {
   };
   const bool few_rows = gemm.n <= kFewRows;
   const int64_t min_products = few_rows ? kThreadProductsFewRows : kThreadProducts;
-  if (few_rows && gemm.a.transpose && !gemm.b.transpose) {
-    Tiles(gemm, kTile, kTile)
-        .for_each(gemm, min_products, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
-          with_few_rows(block, i, rows, j, cols, [&](const auto& part, const Left* left) {
-            gemm.k <= kTile ? gemv_transposed<true>(part, left) : gemv_transposed<false>(part, left);
-          });
-        });
-  } else if (
-      gemm.n <= kSomeRows && gemm.k >= kLongDots && gemm.k <= kLongestDots && gemm.a.transpose && !gemm.b.transpose
-  ) {
+  if (gemm.a.transpose && !gemm.b.transpose && computes_by_dots<Packed>(gemm.n, gemm.k)) {
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, kThreadProductsFewRows, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
           with_few_rows(block, i, rows, j, cols, [&](const auto& part, const Left* left) {
-            if constexpr (std::is_same_v<Left, float>) {
-              dot_products(part, left, gemm.b.ld);
+            if (rows == 1) {
+              dot_products<1>(part, left, gemm.b.ld);
+            } else if (rows == 2) {
+              dot_products<2>(part, left, gemm.b.ld);
+            } else if constexpr (std::is_same_v<Left, float>) {
+              dot_products<4>(part, left, gemm.b.ld);
             } else {
               const auto packed = c10::GetCPUAllocator()->allocate(rows * gemm.k * sizeof(float));
               auto* const as_float = static_cast<float*>(packed.get());
               pack_left<Floats>(left, gemm.b.ld, /*transposed=*/false, rows, gemm.k, /*prefetch=*/false, as_float);
-              dot_products(part, as_float, gemm.k);
+              dot_products<4>(part, as_float, gemm.k);
             }
           });
         });

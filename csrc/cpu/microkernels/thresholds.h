@@ -31,8 +31,20 @@ constexpr int64_t kLongRow = 4096;
 
 /// Up to this many rows, the right operand is reused too little to be worth packing.
 constexpr int64_t kFewRows = 2;
-/// Up to this many, if sums are so long, and no longer: rows of half types are converted whole.
-constexpr int64_t kSomeRows = 8, kLongDots = 128, kLongestDots = 1 << 14;
+/// Up to so many rows, if sums are long or very long, and no longer: rows of half types are converted whole. Where pairs
+/// of bfloat16 are multiplied natively, kernels that pack are faster sooner.
+constexpr int64_t kLongDots = 128, kVeryLongDots = 512, kLongestDots = 1 << 14;
+constexpr int64_t kSomeRows = kWideVectors ? 8 : 4, kManyRows = kWideVectors ? 32 : 8, kManyRowsOfPairs = 8;
+
+/// Whether dot products compute so many rows, where the right operand is transposed.
+template <typename Packed>
+bool computes_by_dots(int64_t rows, int64_t depth) {
+  constexpr bool kPairs = Packed::kDepth > 1;
+  const int64_t of_long = kPairs ? kFewRows : kSomeRows, of_very_long = kPairs ? kManyRowsOfPairs : kManyRows;
+  return rows <= kFewRows ||
+         (depth >= kLongDots && depth <= kLongestDots && rows <= (depth >= kVeryLongDots ? of_very_long : of_long));
+}
+
 /// The same up to this many terms of a sum, in results of this many columns.
 constexpr int64_t kShallow = 4, kWide = 512;
 
@@ -62,8 +74,8 @@ inline bool wants_prefetch(int64_t rows, int64_t width, int64_t ld) {
 
 constexpr int64_t kLineBytes = 64;
 
-/// Prefetch distances in elements, for short rows and for dot products.
-constexpr int64_t kPrefetchDistance = 64, kPrefetchDistanceDots = 256;
+/// So many elements of its right operand are prefetched in advance by dot products, or one step of them.
+constexpr int64_t kPrefetchDistance = 2048;
 
 } // namespace
 } // namespace blockdiag::cpu

@@ -18,9 +18,12 @@ void store_partial(Vector vector, T* data, int count) {
   count == Vector::kLanes ? Vector::store(vector, data) : Vector::store_masked(vector, data, count);
 }
 
+// The functions on arrays of vectors are always inlined, so that the arrays stay in registers.
+
 /// Exchanges the off-diagonal quarters of each square of 2 * kWidth in two matrix rows that are kWidth apart.
 template <int kWidth, int... kLane>
-void exchange(Vector& upper, Vector& lower, std::integer_sequence<int, kLane...> /*lanes*/) {
+[[gnu::always_inline]] inline void
+exchange(Vector& upper, Vector& lower, std::integer_sequence<int, kLane...> /*lanes*/) {
   using Floats = float __attribute__((vector_size(sizeof(Vector))));
   using Ints = int __attribute__((vector_size(sizeof(Vector))));
   constexpr Ints kUpper = {((kLane & kWidth) != 0 ? Vector::kLanes + kLane - kWidth : kLane)...};
@@ -32,7 +35,7 @@ void exchange(Vector& upper, Vector& lower, std::integer_sequence<int, kLane...>
 
 /// Transposes kLanes vectors.
 template <int kWidth = 1>
-void transpose(Vector* rows) {
+[[gnu::always_inline]] inline void transpose(Vector* rows) {
 #pragma GCC unroll 16
   for (int i = 0; i < Vector::kLanes; ++i) {
     if ((i & kWidth) == 0) {
@@ -47,7 +50,7 @@ void transpose(Vector* rows) {
 /// The sum of each of kLanes vectors, in its lane of the result: adds up the rows of their transpose, each pair as soon
 /// as possible. Overwrites the vectors.
 template <int kWidth = 1>
-Vector sum_each(Vector* rows) {
+[[gnu::always_inline]] inline Vector sum_each(Vector* rows) {
 #pragma GCC unroll 16
   for (int i = 0; i < Vector::kLanes; i += 2 * kWidth) {
     exchange<kWidth>(rows[i], rows[i + kWidth], std::make_integer_sequence<int, Vector::kLanes>());
