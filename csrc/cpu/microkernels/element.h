@@ -8,11 +8,12 @@ namespace {
 
 /// One float. Half types are converted when they are packed.
 struct Floats {
+  using Element = float;
   static constexpr int kDepth = 1; // elements per packed element
 
   /// Whether elements of T need no packing.
   template <typename T>
-  static constexpr bool kReadInPlace = std::is_same_v<T, float>;
+  static constexpr bool kReadInPlace = std::is_same_v<T, Element>;
 
   /// Packs neighbors along the depth: kLanes packed elements from `count` of T, padded with zeros.
   template <typename T>

@@ -27,11 +27,15 @@ struct FewRows {
 /// are registers for. That operand is read once from memory, and not packed.
 ///
 /// Not inlined: in its callers the sums do not stay in registers.
-template <int kRows, typename Half, typename Left, typename Right, typename Out>
+template <typename Packed, int kRows, bool kFromMemory, typename Half, typename Left, typename Right, typename Out>
 [[gnu::noinline]] void dot_products(const FewRows<Half, Right, Out>& part, const Left* left, int64_t left_ld) {
   constexpr int kCols = Vector::kLanes / kRows;
+  constexpr int kStep = Vector::kLanes * Packed::kDepth;
   // Too many rows are open at once for the hardware prefetcher: they are prefetched some steps ahead.
-  const int64_t ahead = kCols * std::max<int64_t>(kPrefetchDistance / (kCols * part.depth), 1) * part.right_ld;
+  const int64_t ahead =
+      kCols * std::max<int64_t>(kPrefetchBytes / static_cast<int64_t>(sizeof(Right)) / (kCols * part.depth), 1) *
+      part.right_ld;
+  const int64_t passes = std::min<int64_t>((part.rows + kRows - 1) / kRows, kCols);
   for (int64_t j = 0; j < part.cols; j += kCols) {
     const auto cols = static_cast<int>(std::min<int64_t>(part.cols - j, kCols));
     const Right* right[kCols]; // the last one repeats
@@ -49,28 +53,36 @@ template <int kRows, typename Half, typename Left, typename Right, typename Out>
       for (auto& sum : sums) {
         sum = Vector::zero();
       }
-      const bool first = i == 0;
+      // The first pass over these rows of the right operand prefetches, or from memory each pass its share.
+      bool prefetches[kCols];
+      for (int c = 0; c < kCols; ++c) {
+        prefetches[c] = kFromMemory ? c % passes == i / kRows % kCols : i == 0;
+      }
       const auto add = [&](int64_t p, int deep) __attribute__((always_inline)) {
         Vector factors[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          factors[r] = load_partial(rows_of_left[r] + p, deep);
+          factors[r] = Packed::pack_along_depth(rows_of_left[r] + p, deep);
         }
 #pragma GCC unroll 16
         for (int c = 0; c < kCols; ++c) {
-          const auto row = load_partial(right[c] + p, deep);
-          if (first) {
-            __builtin_prefetch(right[c] + ahead + p, 0, 2);
+          const auto row = Packed::pack_along_depth(right[c] + p, deep);
+          if (kRows <= kFewRows || prefetches[c]) {
+            const auto* const next = right[c] + ahead + p;
+            __builtin_prefetch(next, 0, 2);
+            if constexpr (kFromMemory) { // again, as the processor drops some when it waits for many
+              __builtin_prefetch(next + kStep, 0, 2);
+            }
           }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
-            sums[r * kCols + c] = sums[r * kCols + c].plus_product(factors[r], row);
+            sums[r * kCols + c] = Packed::plus_product(sums[r * kCols + c], factors[r], row);
           }
         }
       };
       int64_t p = 0;
-      for (; p + Vector::kLanes <= part.depth; p += Vector::kLanes) {
-        add(p, Vector::kLanes);
+      for (; p + kStep <= part.depth; p += kStep) {
+        add(p, kStep);
       }
       if (p < part.depth) {
         add(p, static_cast<int>(part.depth - p));

@@ -121,20 +121,31 @@ void run(const GemmProblem& problem, const Operands& operands) {
   const bool few_rows = gemm.n <= kFewRows;
   const int64_t min_products = few_rows ? kThreadProductsFewRows : kThreadProducts;
   if (gemm.a.transpose && !gemm.b.transpose && computes_by_dots<Packed>(gemm.n, gemm.k)) {
+    const bool from_memory = gemm.batch * gemm.m * gemm.k * static_cast<int64_t>(sizeof(Right)) > kCacheBytes;
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, kThreadProductsFewRows, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
           with_few_rows(block, i, rows, j, cols, [&](const auto& part, const Left* left) {
-            if (rows == 1) {
-              dot_products<1>(part, left, gemm.b.ld);
-            } else if (rows == 2) {
-              dot_products<2>(part, left, gemm.b.ld);
-            } else if constexpr (std::is_same_v<Left, float>) {
-              dot_products<4>(part, left, gemm.b.ld);
+            const auto compute_as =
+                [&]<bool kFromMemory>(std::bool_constant<kFromMemory>, const auto* elements, int64_t ld) {
+                  if (rows == 1) {
+                    dot_products<Packed, 1, kFromMemory>(part, elements, ld);
+                  } else if (rows == 2) {
+                    dot_products<Packed, 2, kFromMemory>(part, elements, ld);
+                  } else {
+                    dot_products<Packed, 4, kFromMemory>(part, elements, ld);
+                  }
+                };
+            const auto compute = [&](const auto* elements, int64_t ld) {
+              from_memory ? compute_as(std::true_type(), elements, ld) : compute_as(std::false_type(), elements, ld);
+            };
+            if (rows <= kFewRows || Packed::template kReadInPlace<Left>) {
+              compute(left, gemm.b.ld);
             } else {
-              const auto packed = c10::GetCPUAllocator()->allocate(rows * gemm.k * sizeof(float));
-              auto* const as_float = static_cast<float*>(packed.get());
-              pack_left<Floats>(left, gemm.b.ld, /*transposed=*/false, rows, gemm.k, /*prefetch=*/false, as_float);
-              dot_products<4>(part, as_float, gemm.k);
+              const int64_t packed_ld = (gemm.k + Packed::kDepth - 1) / Packed::kDepth;
+              const auto packed = c10::GetCPUAllocator()->allocate(rows * packed_ld * sizeof(float));
+              auto* const to = static_cast<float*>(packed.get());
+              pack_left<Packed>(left, gemm.b.ld, /*transposed=*/false, rows, gemm.k, /*prefetch=*/false, to);
+              compute(reinterpret_cast<const typename Packed::Element*>(to), packed_ld * Packed::kDepth);
             }
           });
         });

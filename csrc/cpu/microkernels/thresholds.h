@@ -74,8 +74,10 @@ inline bool wants_prefetch(int64_t rows, int64_t width, int64_t ld) {
 
 constexpr int64_t kLineBytes = 64;
 
-/// So many elements of its right operand are prefetched in advance by dot products, or one step of them.
-constexpr int64_t kPrefetchDistance = 2048;
+/// So many bytes of their right operand are prefetched in advance by dot products, or one step of them.
+constexpr int64_t kPrefetchBytes = 1 << 13;
+/// Operands of more bytes leave the second cache.
+constexpr int64_t kCacheBytes = 1 << 20;
 
 } // namespace
 } // namespace blockdiag::cpu

@@ -9,10 +9,11 @@ namespace {
 /// Two bfloat16 that are neighbors along the depth, whose products are added in float32. The instruction flushes
 /// subnormal operands and sums to zero. float32 elements are rounded when they are packed.
 struct BFloat16Pairs {
+  using Element = c10::BFloat16;
   static constexpr int kDepth = 2;
 
   template <typename T>
-  static constexpr bool kReadInPlace = std::is_same_v<T, c10::BFloat16>;
+  static constexpr bool kReadInPlace = std::is_same_v<T, Element>;
 
   static Vector pack_along_depth(const c10::BFloat16* data, int count) {
     const auto lanes = static_cast<__mmask32>((uint64_t{1} << count) - 1);
