@@ -31,18 +31,16 @@ constexpr int64_t kLongRow = 4096;
 
 /// Up to this many rows, the right operand is reused too little to be worth packing.
 constexpr int64_t kFewRows = 2;
-/// Up to so many rows, if sums are long or very long, and no longer: rows of half types are converted whole. Where pairs
-/// of bfloat16 are multiplied natively, kernels that pack are faster sooner.
+/// Up to so many rows, if sums are long (in packed elements) or very long, and no longer: rows of half types are
+/// converted whole.
 constexpr int64_t kLongDots = 128, kVeryLongDots = 512, kLongestDots = 1 << 14;
-constexpr int64_t kSomeRows = kWideVectors ? 8 : 4, kManyRows = kWideVectors ? 32 : 8, kManyRowsOfPairs = 8;
+constexpr int64_t kSomeRows = kWideVectors ? 8 : 4, kManyRows = kWideVectors ? 32 : 8;
 
 /// Whether dot products compute so many rows, where the right operand is transposed.
 template <typename Packed>
 bool computes_by_dots(int64_t rows, int64_t depth) {
-  constexpr bool kPairs = Packed::kDepth > 1;
-  const int64_t of_long = kPairs ? kFewRows : kSomeRows, of_very_long = kPairs ? kManyRowsOfPairs : kManyRows;
-  return rows <= kFewRows ||
-         (depth >= kLongDots && depth <= kLongestDots && rows <= (depth >= kVeryLongDots ? of_very_long : of_long));
+  return rows <= kFewRows || (depth >= kLongDots * Packed::kDepth && depth <= kLongestDots &&
+                              rows <= (depth >= kVeryLongDots ? kManyRows : kSomeRows));
 }
 
 /// The same up to this many terms of a sum, in results of this many columns.
