@@ -74,6 +74,8 @@ PROBLEMS = [
     Problem((300,), 1, 70, 41),  # more rows than a tile
     Problem((2,), 2, 520, 530),  # few rows of long blocks
     Problem((3,), 1, 600, 13),  # a long sum for each half type
+    Problem((21,), 2, 530, 35),  # some rows of long blocks
+    Problem((300,), 2, 70, 2),  # few outputs
     Problem((0,), 3, 4, 5),
     Problem((2, 0, 3), 3, 4, 5),
     Problem((6,), 0, 4, 5),

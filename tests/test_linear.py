@@ -17,6 +17,15 @@ def test_values_and_gradients(problem, stacked, bias, dtype, device):
     check(torch.ops.blockdiag.linear, input, weight, bias, torch.randn_like(output))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_long_sums_of_many_narrow_blocks(dtype, device):
+    """More blocks than take turns along the batch, where each takes several."""
+    problem = Problem((600,), 45, 40, 40)
+    input, weight, bias = make(problem, dtype, device)
+    grad_output = torch.randn(problem.output_shape(False), device=device).to(dtype)
+    check(torch.ops.blockdiag.linear, input, weight, bias, grad_output)
+
+
 def test_equals_a_loop_of_linears(device):
     linears = [torch.nn.Linear(64, 32, device=device) for _ in range(8)]
     input = torch.randn(128, 8 * 64, device=device)

@@ -24,6 +24,8 @@ PROBLEMS = [
     Problem((3,), 1, 600, 513),  # a sum over three rows, in wide results
     Problem((33,), 5, 17, 1),
     Problem((33,), 5, 1, 17),
+    Problem((300,), 2, 70, 2),  # few outputs
+    Problem((21,), 2, 530, 35),  # dot products of some rows
     Problem((600,), 2, 40, 40),  # a long sum over the batch
     Problem((0,), 3, 4, 5),
     Problem((6,), 3, 0, 5),

@@ -119,6 +119,7 @@ void run(const GemmProblem& problem, const Operands& operands) {
     }
   };
   const bool few_rows = gemm.n <= kFewRows;
+  const bool few_cols = gemm.m <= kFewRows && gemm.k >= 2 * Vector::kLanes && !problem.epilogue.bias_grad;
   const int64_t min_products = few_rows ? kThreadProductsFewRows : kThreadProducts;
   if (gemm.a.transpose && !gemm.b.transpose && computes_by_dots<Packed>(gemm.n, gemm.k)) {
     const bool from_memory = gemm.batch * gemm.m * gemm.k * static_cast<int64_t>(sizeof(Right)) > kCacheBytes;
@@ -148,6 +149,33 @@ void run(const GemmProblem& problem, const Operands& operands) {
               compute(reinterpret_cast<const typename Packed::Element*>(to), packed_ld * Packed::kDepth);
             }
           });
+        });
+  } else if (gemm.a.transpose && !gemm.b.transpose && few_cols) {
+    // The same with the operands exchanged.
+    Tiles(gemm, kTile, kTile)
+        .for_each(gemm, kThreadProductsFewRows, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+          float sums[kFewRows * kTile];
+          const FewRows<Half, Left, float> part{
+              .left = elements(right_at(block, j), !std::is_same_v<Right, float>),
+              .left_row_stride = gemm.a.ld,
+              .left_depth_stride = 1,
+              .right = left_at(block, i),
+              .right_ld = gemm.b.ld,
+              .bias = {},
+              .out = sums,
+              .out_ld = rows,
+              .rows = cols,
+              .cols = rows,
+              .depth = gemm.k,
+          };
+          cols == 1 ? dot_products<Packed, 1, false>(part, right_at(block, j), gemm.a.ld)
+                    : dot_products<Packed, 2, false>(part, right_at(block, j), gemm.a.ld);
+          const auto bias = bias_at(block, j);
+          for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t col = 0; col < cols; ++col) {
+              *(out_at(block, i + row, j) + col) = static_cast<Out>(sums[col * rows + row] + (bias ? bias[col] : 0.0F));
+            }
+          }
         });
   } else if (!gemm.a.transpose && (few_rows || (gemm.k <= kShallow && gemm.m >= kWide))) {
     Tiles(gemm, kTile, kLongRow)
