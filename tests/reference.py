@@ -76,6 +76,7 @@ PROBLEMS = [
     Problem((3,), 1, 600, 13),  # a long sum for each half type
     Problem((21,), 2, 530, 35),  # some rows of long blocks
     Problem((300,), 2, 70, 2),  # few outputs
+    Problem((300,), 3, 96, 1),
     Problem((0,), 3, 4, 5),
     Problem((2, 0, 3), 3, 4, 5),
     Problem((6,), 0, 4, 5),

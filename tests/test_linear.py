@@ -26,6 +26,16 @@ def test_long_sums_of_many_narrow_blocks(dtype, device):
     check(torch.ops.blockdiag.linear, input, weight, bias, grad_output)
 
 
+@pytest.mark.parametrize("out_block", [1, 2, 3])
+def test_sums_over_a_long_batch_are_no_single_chain(out_block, device):
+    """A chain of so many float32 additions of 0.1 is off by 4 %."""
+    batch = 1 << 20
+    weight = torch.zeros(1, out_block, 4, device=device, requires_grad=True)
+    output = blockdiag.linear(torch.full((batch, 4), 0.1, device=device), weight)
+    (grad,) = torch.autograd.grad(output, weight, torch.ones_like(output))
+    torch.testing.assert_close(grad, torch.full_like(grad, 0.1 * batch), rtol=1e-4, atol=0)
+
+
 def test_equals_a_loop_of_linears(device):
     linears = [torch.nn.Linear(64, 32, device=device) for _ in range(8)]
     input = torch.randn(128, 8 * 64, device=device)

@@ -25,7 +25,8 @@ PROBLEMS = [
     Problem((33,), 5, 17, 1),
     Problem((33,), 5, 1, 17),
     Problem((300,), 2, 70, 2),  # few outputs
-    Problem((21,), 2, 530, 35),  # dot products of some rows
+    Problem((300,), 3, 96, 1),
+    Problem((21,), 2, 531, 35),  # dot products of some rows
     Problem((600,), 2, 40, 40),  # a long sum over the batch
     Problem((0,), 3, 4, 5),
     Problem((6,), 3, 0, 5),
@@ -306,11 +307,22 @@ def test_autocast_caches_its_casts_where_nothing_converts(without_kernels):
     assert sum(event.name == "aten::_to_copy" for event in profile.events()) <= len(tensors)
 
 
-def test_equal_bits_for_any_number_of_threads(device):
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem((600,), 3, 130, 70),
+        Problem((600,), 45, 40, 40),  # blocks take turns
+        Problem((30,), 2, 601, 35),  # dot products
+        Problem((500,), 6, 70, 2),
+        Problem((2,), 3, 300, 300),
+    ],
+    ids=problem_id,
+)
+def test_equal_bits_for_any_number_of_threads(problem, device):
     if device != "cpu":
         pytest.skip("threads of a CPU")
-    tensors = mixed(Problem((600,), 3, 130, 70), (torch.bfloat16, torch.float32, torch.float32), device)
-    grad_output = torch.randn(600, 210, dtype=torch.bfloat16)
+    tensors = mixed(problem, (torch.bfloat16, torch.float32, torch.float32), device)
+    grad_output = torch.randn(problem.output_shape(False), dtype=torch.bfloat16)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

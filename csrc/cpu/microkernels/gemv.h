@@ -106,47 +106,58 @@ template <typename Packed, int kRows, bool kFromMemory, typename Half, typename 
           continue;
         }
         for (int c = 0; c < cols; ++c) { // few, and AVX2's masked stores are slow
-          const float bias = part.bias ? part.bias[j + c] : 0.0F;
-          part.out[(i + r) * part.out_ld + j + c] = static_cast<Out>(totals[r * kCols + c] + bias);
+          const float sum = totals[r * kCols + c];
+          part.out[(i + r) * part.out_ld + j + c] = static_cast<Out>(part.bias ? sum + part.bias[j + c] : sum);
         }
       }
     }
   }
 }
 
-/// For a right operand that is not transposed, (p, j) at p * right_ld + j, and at most kLongRow columns.
+/// For a right operand that is not transposed, (p, j) at p * right_ld + j, and at most kLongRow columns. Parts of
+/// kPanelDepth are summed one by one, and then added: a batch may be long.
 template <typename Half, typename Right, typename Out>
 void gemv(const FewRows<Half, Right, Out>& part) {
   constexpr int kStreams = 8; // rows of the right operand read at once
-  float sums[kLongRow];
+  float sums[kLongRow], totals[kLongRow];
   for (int64_t i = 0; i < part.rows; ++i) {
     const auto left = part.left + i * part.left_row_stride;
     Out* const out = part.out + i * part.out_ld;
     int64_t p0 = 0;
     while (p0 < part.depth) {
+      const int64_t first = p0 / kPanelDepth * kPanelDepth, last = std::min(first + kPanelDepth, part.depth);
       const auto add = [&]<int kCount>(std::integral_constant<int, kCount> /*rows*/) {
         Vector factors[kCount];
 #pragma GCC unroll 8
         for (int p = 0; p < kCount; ++p) {
           factors[p] = Vector::broadcast(left[(p0 + p) * part.left_depth_stride]);
         }
-        const Right* const first = part.right + p0 * part.right_ld;
+        const Right* const row = part.right + p0 * part.right_ld;
         for (int64_t j = 0; j < part.cols; j += Vector::kLanes) {
           const auto count = static_cast<int>(std::min<int64_t>(part.cols - j, Vector::kLanes));
-          Vector sum = p0 > 0 ? Vector::load(sums + j) : part.bias ? part.bias.load(j, count) : Vector::zero();
+          Vector sum = p0 > first             ? Vector::load(sums + j)
+                       : p0 == 0 && part.bias ? part.bias.load(j, count)
+                                              : Vector::zero();
 #pragma GCC unroll 8
           for (int p = 0; p < kCount; ++p) {
-            sum = sum.plus_product(factors[p], load_partial(first + p * part.right_ld + j, count));
+            sum = sum.plus_product(factors[p], load_partial(row + p * part.right_ld + j, count));
           }
-          if (p0 + kCount < part.depth) {
+          if (p0 + kCount < last) {
             Vector::store(sum, sums + j);
+            continue;
+          }
+          if (first > 0) {
+            sum = Vector::load(totals + j) + sum;
+          }
+          if (last < part.depth) {
+            Vector::store(sum, totals + j);
           } else {
             store_partial(sum, out + j, count);
           }
         }
         p0 += kCount;
       };
-      const int64_t left_over = part.depth - p0;
+      const int64_t left_over = last - p0;
       left_over >= kStreams ? add(std::integral_constant<int, kStreams>())
       : left_over >= 4      ? add(std::integral_constant<int, 4>())
       : left_over >= 2      ? add(std::integral_constant<int, 2>())

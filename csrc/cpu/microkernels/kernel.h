@@ -119,9 +119,11 @@ void run(const GemmProblem& problem, const Operands& operands) {
     }
   };
   const bool few_rows = gemm.n <= kFewRows;
+  // A single column lies in memory as a row does: whether it counts as transposed is a matter of its description.
+  const bool right_rows = gemm.a.transpose || (gemm.m == 1 && gemm.a.ld == 1);
   const bool few_cols = gemm.m <= kFewRows && gemm.k >= 2 * Vector::kLanes && !problem.epilogue.bias_grad;
   const int64_t min_products = few_rows ? kThreadProductsFewRows : kThreadProducts;
-  if (gemm.a.transpose && !gemm.b.transpose && computes_by_dots<Packed>(gemm.n, gemm.k)) {
+  if (right_rows && !gemm.b.transpose && computes_by_dots<Packed>(gemm.n, gemm.k)) {
     const bool from_memory = gemm.batch * gemm.m * gemm.k * static_cast<int64_t>(sizeof(Right)) > kCacheBytes;
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, kThreadProductsFewRows, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
@@ -150,7 +152,7 @@ void run(const GemmProblem& problem, const Operands& operands) {
             }
           });
         });
-  } else if (gemm.a.transpose && !gemm.b.transpose && few_cols) {
+  } else if (right_rows && !gemm.b.transpose && few_cols) {
     // The same with the operands exchanged.
     Tiles(gemm, kTile, kTile)
         .for_each(gemm, kThreadProductsFewRows, [&](int64_t block, int64_t i, int64_t rows, int64_t j, int64_t cols) {
@@ -173,7 +175,8 @@ void run(const GemmProblem& problem, const Operands& operands) {
           const auto bias = bias_at(block, j);
           for (int64_t row = 0; row < rows; ++row) {
             for (int64_t col = 0; col < cols; ++col) {
-              *(out_at(block, i + row, j) + col) = static_cast<Out>(sums[col * rows + row] + (bias ? bias[col] : 0.0F));
+              const float sum = sums[col * rows + row];
+              out_at(block, i + row, j)[col] = static_cast<Out>(bias ? sum + bias[col] : sum);
             }
           }
         });

@@ -31,15 +31,15 @@ constexpr int64_t kLongRow = 4096;
 
 /// Up to this many rows, the right operand is reused too little to be worth packing.
 constexpr int64_t kFewRows = 2;
-/// Up to so many rows, if sums are long (in packed elements) or very long, and no longer: rows of half types are
-/// converted whole.
-constexpr int64_t kLongDots = 128, kVeryLongDots = 512, kLongestDots = 1 << 14;
+/// Up to so many rows, if sums are long (in packed elements) or very long, and if all together have no more elements:
+/// rows of half types are converted whole.
 constexpr int64_t kSomeRows = kWideVectors ? 8 : 4, kManyRows = kWideVectors ? 32 : 8;
+constexpr int64_t kLongDots = 128, kVeryLongDots = 512, kDotsElements = 1 << 17;
 
 /// Whether dot products compute so many rows, where the right operand is transposed.
 template <typename Packed>
 bool computes_by_dots(int64_t rows, int64_t depth) {
-  return rows <= kFewRows || (depth >= kLongDots * Packed::kDepth && depth <= kLongestDots &&
+  return rows <= kFewRows || (depth >= kLongDots * Packed::kDepth && rows * depth <= kDotsElements &&
                               rows <= (depth >= kVeryLongDots ? kManyRows : kSomeRows));
 }
 
