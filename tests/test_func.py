@@ -170,6 +170,18 @@ def test_vmap_refuses_what_the_op_refuses(shapes, dtype, message):
         vmap(blockdiag.linear, tuple(0 if own else None for own in shapes))(x, weight, bias.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_vmap_over_the_bias_rounds_once(dtype, device):
+    """A product that is rounded by itself loses what a bias of the opposite sign leaves over."""
+    x, weight = torch.ones(4, 6, dtype=dtype, device=device), torch.ones(2, 5, 3, dtype=dtype, device=device)
+    weight[..., 0] = 2.0**-12  # neither half type holds 2 + 2^-12
+    biases = torch.full((3, 10), -2.0, dtype=dtype, device=device)
+    actual = vmap(blockdiag.linear, (None, None, 0))(x, weight, biases)
+    assert actual.dtype == dtype
+    exact = torch.einsum("bgk,gnk->bgn", x.double().view(4, 2, 3), weight.double()).flatten(1) - 2
+    assert torch.equal(actual, exact.to(dtype).expand(3, 4, 10))
+
+
 def test_vmap_over_the_bias_under_autocast(arguments, device):
     x, weight, bias = (argument.float() for argument in arguments)
     biases = torch.stack([bias, bias + 1])

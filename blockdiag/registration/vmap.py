@@ -66,6 +66,9 @@ def linear(
     features = (num_blocks * out_block,) if dims == 1 else (num_blocks, out_block)
     if weight_dim is None:
         shared = bias if bias_dim is None else None
+        result_dtype = None if torch.is_autocast_enabled(weight.device.type) else out_dtype or weight.dtype
+        if bias is not None and shared is None and result_dtype in (torch.float16, torch.bfloat16):
+            out_dtype = torch.float32  # for a sum that is rounded once, with the bias
         if input_dim is None:
             output = ops.linear(input, weight, shared, out_dtype=out_dtype)
             output = output.expand(info.batch_size, *shape[:-dims], *features)
@@ -74,7 +77,7 @@ def linear(
         if bias is not None and bias_dim is not None:
             ones = [1] * (len(shape) - dims)
             bias = bias.movedim(bias_dim, 0).reshape(info.batch_size, *ones, *features)
-            output = (output + bias.to(output.dtype)).contiguous()
+            output = (output + bias.to(output.dtype)).to(result_dtype or output.dtype).contiguous()
         return output, 0
     if bias is not None:
         bias = _side_by_side(bias, bias_dim, info.batch_size, bias.dim() - (bias_dim is not None))
