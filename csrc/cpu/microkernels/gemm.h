@@ -27,7 +27,7 @@ struct Strip {
   Out* out; // (i, j) at i * out_ld + j
   int64_t out_ld;
   int last_cols;      // in the last vector of each row
-  int prefetch_lines; // of each row of left, kAheadRows in advance, beside out's; nothing if negative
+  int prefetch_lines; // of each row of left, kAheadRows in advance
 };
 
 inline Vector broadcast_packed(const char* data) {
@@ -111,13 +111,12 @@ void gemm_strips(Strip<Out> strip, int64_t rows) {
       strip_functions<Packed, Out, kVectors, kLeftTransposed>(std::make_integer_sequence<int, kMaxRows>());
   for (int64_t strips = (rows + kMaxRows - 1) / kMaxRows; strips > 0; --strips) {
     const int64_t count = (rows + strips - 1) / strips;
-    if (strip.prefetch_lines >= 0) {
+    if (strip.prefetch_lines > 0) {
       for (int64_t i = kAheadRows; i < kAheadRows + count; ++i) {
         const char* const row = strip.left + i * strip.left_row_stride;
         for (int line = 0; line < strip.prefetch_lines; ++line) {
           __builtin_prefetch(row + line * kLineBytes);
         }
-        __builtin_prefetch(strip.out + i * strip.out_ld, 1);
       }
     }
     kFunctions[static_cast<size_t>(count - 1)](strip);
@@ -194,7 +193,7 @@ struct TileProduct {
       const float* right_data = panel;
       int64_t right_ld = kPanelCols;
       if constexpr (kDepth == 1 && Packed::template kReadInPlace<Right>) {
-        const bool small = rows <= kInPlaceRows || std::max(rows, depth) <= kInPlaceSquare || gemm.a.ld <= kInPlaceLd;
+        const bool small = rows <= kInPlaceRows || gemm.a.ld <= kInPlaceLd;
         const bool one_line = gemm.m * static_cast<int64_t>(sizeof(Right)) <= kLineBytes;
         const bool spread = prefetch_right && !one_line && is_spread(gemm.k, gemm.a.ld);
         if (small && !spread && !gemm.a.transpose && width % Vector::kLanes == 0) { // vectors are full
@@ -234,7 +233,7 @@ struct TileProduct {
             .out = to,
             .out_ld = to_ld,
             .last_cols = static_cast<int>(width > Vector::kLanes ? width - Vector::kLanes : width),
-            .prefetch_lines = !gemm.b.transpose && in_place && prefetch_left ? left_lines : -1,
+            .prefetch_lines = !gemm.b.transpose && in_place && prefetch_left ? left_lines : 0,
         };
         gemm_panel<Packed>(strip, rows, width, gemm.b.transpose);
       };

@@ -1,7 +1,7 @@
 // Crossover points between algorithms, and the sizes of tiles and panels.
 //
-// Tuned on 2-core AMD EPYCs: Zen 5 with AVX-512, and limited to AVX2; the strips of AVX-512 and what is read in place on
-// Zen 4; prefetching and kSomeRows on Zen 3, with AVX2. A value that names no instruction set serves both.
+// Tuned on 2-core AMD EPYCs: Zen 5 with AVX-512, and limited to AVX2; strips, prefetching and dot products on Zen 4, with
+// operands from the cache and from memory. A value that names no instruction set serves both.
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -49,25 +49,23 @@ constexpr int64_t kShallow = 4, kWide = 512;
 /// Multiplications that are worth waking a thread for. With few rows, each one reads its right operand from memory.
 constexpr int64_t kThreadProducts = 1 << 18, kThreadProductsFewRows = 1 << 17;
 
-/// A right operand that is not transposed is read in place for so few rows, for tiles of so few rows and depth, or if its
-/// rows are so close together.
-constexpr int64_t kInPlaceRows = 4 * kStripRowsTransposed, kInPlaceSquare = kWideVectors ? 128 : 0, kInPlaceLd = kTile;
+/// A right operand that is not transposed is read in place for so few rows, or if its rows are so close together.
+constexpr int64_t kInPlaceRows = 4 * kStripRowsTransposed, kInPlaceLd = kTile;
 
-/// Rows of one block of an activation are this far apart, or farther, where powers of two share few sets of the cache.
-constexpr int64_t kFarLd = 256;
-/// An activation of so many elements leaves the second cache from block to block; one of kLarge had better be packed.
-constexpr int64_t kVeryLarge = 1 << 19, kLarge = kWideVectors ? kVeryLarge : 1 << 17;
-/// Up to this many columns, rows of a very large activation are prefetched so many in advance, in strips, and while they
-/// are packed: each is a few lines in a page of its own, which the hardware does not prefetch.
-constexpr int64_t kNarrow = 64, kAheadRows = 2 * kStripRowsTransposed, kAheadDepth = 24;
+/// Rows of one block of an activation are this far apart, or farther, where powers of two share few sets of the cache;
+/// and so far apart in pages of their own.
+constexpr int64_t kFarLd = 256, kPageLd = 1024;
+/// An activation of so many elements leaves the first cache from block to block, and the second.
+constexpr int64_t kLarge = 1 << 17, kVeryLarge = 1 << 19;
+/// Up to this many columns, and from this many elements of the activation on, rows are prefetched so many in advance, in
+/// strips (the next one's) and while they are packed: each is a few lines, too few for the hardware to prefetch. That
+/// costs little where they come from the cache.
+constexpr int64_t kNarrow = 64, kPrefetched = 1 << 15, kAheadRows = kStripRows, kAheadDepth = 24;
 
-/// Its rows from so far apart on are in pages of their own.
-constexpr int64_t kPageLd = 1024;
-
-inline bool is_spread(int64_t rows, int64_t ld) { return ld >= kPageLd && rows * ld >= kVeryLarge; }
 inline bool is_large(int64_t rows, int64_t ld) { return ld >= kFarLd && rows * ld >= kLarge; }
+inline bool is_spread(int64_t rows, int64_t ld) { return ld >= kPageLd && rows * ld >= kVeryLarge; }
 inline bool wants_prefetch(int64_t rows, int64_t width, int64_t ld) {
-  return ld >= kFarLd && width <= kNarrow && rows * ld >= kVeryLarge;
+  return ld >= kFarLd && width <= kNarrow && rows * ld >= kPrefetched;
 }
 
 constexpr int64_t kLineBytes = 64;
