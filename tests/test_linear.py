@@ -29,8 +29,8 @@ def test_long_sums_of_many_narrow_blocks(dtype, device):
 @pytest.mark.parametrize("out_block", [1, 2, 3])
 def test_sums_over_a_long_batch_are_no_single_chain(out_block, device):
     """A chain of so many float32 additions of 0.1 is off by 4 %."""
-    if device != "cpu":
-        pytest.skip("a library sums there")
+    if device != "cpu" or not blockdiag.build_info()["cpu_gemm"].startswith("avx"):
+        pytest.skip("a library sums here, perhaps in one chain")
     batch = 1 << 20
     weight = torch.zeros(1, out_block, 4, device=device, requires_grad=True)
     output = blockdiag.linear(torch.full((batch, 4), 0.1, device=device), weight)
