@@ -148,6 +148,8 @@ def _assert_within(
     bound = _SLACK * (tolerance.result * expected.abs() + (length + 1) * tolerance.accumulation * magnitude)
     if rounded is not None:
         bound = bound + _SLACK * TOLERANCES[rounded].result * magnitude
+        subnormal = torch.finfo(rounded).smallest_normal * torch.finfo(rounded).eps
+        bound = bound + _SLACK * length * subnormal  # of a factor, beside others of about 1
     if bias is not None:
         bound = bound + _SLACK * tolerance.result * (expected - bias).abs()
     # Subnormal numbers lack relative precision.
