@@ -129,6 +129,7 @@ def commit() -> str:
 def describe_environment(device: str) -> dict[str, str]:
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     environment = {"device": device, **blockdiag_report(), "commit": commit(), "date": date}
+    environment.pop("installed", None)  # a path of this machine
     if device == "cuda":
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
@@ -269,7 +270,10 @@ def main(argv: list[str] | None = None) -> int:
     if content is None:
         content = {
             "environment": {},
-            "settings": {"rounds": arguments.rounds, "arguments": sys.argv[1:] if argv is None else argv},
+            "settings": {
+                "rounds": arguments.rounds,
+                "arguments": [Path(each).name for each in (sys.argv[1:] if argv is None else argv)],  # no paths
+            },
             "ceilings": [],
             "cases": [],
             "left_out": [],

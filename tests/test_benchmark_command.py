@@ -38,6 +38,8 @@ def test_command_line(tiny, tmp_path, capsys):
     content = runs.load(path)
     assert len(content["cases"]) == 2 * 2 * 2
     assert content["environment"]["device"] == "cpu"
+    assert str(path.parent) not in path.read_text()  # results are published: no paths of a machine
+    assert str(RESULTS.parents[1]) not in path.read_text()
     ceiling = content["ceilings"][0]
     assert ceiling["operations_per_second"] > 0
     assert ceiling["bytes_per_second"] == max(ceiling["read_bytes_per_second"], ceiling["copy_bytes_per_second"]) > 0
