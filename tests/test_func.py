@@ -182,6 +182,15 @@ def test_vmap_over_the_bias_rounds_once(dtype, device):
     assert torch.equal(actual, exact.to(dtype).expand(3, 4, 10))
 
 
+def test_vmap_over_the_bias_refuses_mixed_dtypes(device):
+    x, weight = torch.ones(4, 6, device=device), torch.ones(2, 5, 3, dtype=torch.bfloat16, device=device)
+    biases = torch.ones(3, 10, dtype=torch.bfloat16, device=device)
+    with pytest.raises(RuntimeError, match="dtype"):
+        blockdiag.linear(x, weight, biases[0])
+    with pytest.raises(RuntimeError, match="dtype"):
+        vmap(blockdiag.linear, (None, None, 0))(x, weight, biases)
+
+
 def test_vmap_over_the_bias_under_autocast(arguments, device):
     x, weight, bias = (argument.float() for argument in arguments)
     biases = torch.stack([bias, bias + 1])

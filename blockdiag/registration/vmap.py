@@ -67,7 +67,8 @@ def linear(
     if weight_dim is None:
         shared = bias if bias_dim is None else None
         result_dtype = None if torch.is_autocast_enabled(weight.device.type) else out_dtype or weight.dtype
-        if bias is not None and shared is None and result_dtype in (torch.float16, torch.bfloat16):
+        accepted = out_dtype is not None or input.dtype == weight.dtype  # or else the op says so
+        if bias is not None and shared is None and accepted and result_dtype in (torch.float16, torch.bfloat16):
             out_dtype = torch.float32  # for a sum that is rounded once, with the bias
         if input_dim is None:
             output = ops.linear(input, weight, shared, out_dtype=out_dtype)

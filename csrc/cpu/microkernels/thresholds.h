@@ -14,7 +14,7 @@ constexpr bool kWideVectors = Vector::kLanes == 16;
 
 /// Rows of a strip, each with two vectors of sums. A transposed left operand allows as many as fit the registers. The
 /// rows of another one are read at once, and evict each other from a first cache of 8 ways where they are a multiple of
-/// 4 KiB apart. With so few, the multiply-adds still outnumber the latency of one.
+/// 4 KiB apart. So few still hide the latency of a multiply-add.
 constexpr int kStripRows = kWideVectors ? 8 : 6, kStripRowsTransposed = kWideVectors ? 14 : 6;
 
 /// A panel of the right operand, in packed elements. Fits the L1 cache.
@@ -43,7 +43,8 @@ bool computes_by_dots(int64_t rows, int64_t depth) {
                               rows <= (depth >= kVeryLongDots ? kManyRows : kSomeRows));
 }
 
-/// The same up to this many terms of a sum, in results of this many columns.
+/// A right operand that is not transposed is read row by row for few rows, and up to this many terms of a sum, in results
+/// of this many columns.
 constexpr int64_t kShallow = 4, kWide = 512;
 
 /// Multiplications that are worth waking a thread for. With few rows, each one reads its right operand from memory.
