@@ -2,10 +2,19 @@
 
 from blockdiag._load import extension as _extension
 from blockdiag.backends.tuning import tune_from_environment as _tune_from_environment
-from blockdiag.compression import BlockDiagonal, LowRank, Monarch, compress, split_attention
+from blockdiag.compression import BlockDiagonal, BlockSparse, LowRank, Monarch, compress, split_attention
 from blockdiag.ensemble import stack_models
-from blockdiag.functional import linear
-from blockdiag.nn import BlockDiagLinear, LowRankConv, LowRankLinear, MonarchLinear, PermutedBlockDiagLinear
+from blockdiag.functional import linear, sparse_linear
+from blockdiag.nn import (
+    BlockDiagLinear,
+    BlockSparseGRU,
+    BlockSparseLinear,
+    BlockSparseLSTM,
+    LowRankConv,
+    LowRankLinear,
+    MonarchLinear,
+    PermutedBlockDiagLinear,
+)
 from blockdiag.registration.flops import register_flop_formulas as _register_flop_formulas
 from blockdiag.registration.onnx import register_translation as _register_translation
 from blockdiag.registration.vmap import register_batching_rules as _register_batching_rules
@@ -13,6 +22,10 @@ from blockdiag.registration.vmap import register_batching_rules as _register_bat
 __all__ = [
     "BlockDiagLinear",
     "BlockDiagonal",
+    "BlockSparse",
+    "BlockSparseGRU",
+    "BlockSparseLSTM",
+    "BlockSparseLinear",
     "LowRank",
     "LowRankConv",
     "LowRankLinear",
@@ -28,6 +41,7 @@ __all__ = [
     "linear",
     "nn",
     "registration",
+    "sparse_linear",
     "split_attention",
     "stack_models",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blockdiag import _load  # noqa: F401  # registers the op, or says why it cannot
 
-__all__ = ["linear"]
+__all__ = ["linear", "sparse_linear"]
 
 
 def is_jagged(input: Any) -> bool:
@@ -79,3 +79,57 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.jit.is_scripting() and is_jagged(input):
         return of_jagged(torch.ops.blockdiag.linear, input, weight, bias)
     return torch.ops.blockdiag.linear(input, weight, bias)
+
+
+def sparse_linear(
+    input: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    diagonal: Tensor | None = None,
+) -> Tensor:
+    r"""Applies a linear layer of whose weight only some blocks are kept, without the others.
+
+    ``output = input @ weight.T + bias``, where ``weight`` is the matrix that
+    :func:`torch.sparse_bsr_tensor` makes of ``crow_indices``, ``col_indices`` and ``values``.
+
+    Args:
+        input: :math:`(*, K)`, with any number of leading dimensions. May be a nested tensor of :obj:`torch.jagged`
+            layout, ragged in dimension 1, without holes.
+        values: :math:`(B, n, k)`, the kept blocks, row by row of blocks; :math:`n` and :math:`k` are any sizes, and
+            :math:`k` divides :math:`K`.
+        crow_indices: :math:`(N / n + 1)`, where the blocks of each row begin, from 0 to :math:`B`.
+        col_indices: :math:`(B)`, the column of each block, ascending in each row. Both indices are int32, or both
+            int64; int32 ones are read where they lie.
+        bias: :math:`(N)`, optional.
+        diagonal: :math:`(N)`, optional, where :math:`N` is a multiple of :math:`K`: what is added to the diagonal of
+            the weight, or of each of the square matrices that it stacks, as those of a recurrent layer's gates.
+
+    Returns:
+        :math:`(*, N)`, always contiguous.
+
+    The other tensors share one dtype, as for :func:`blockdiag.linear`, and all share one device. Differentiable to any
+    order, in reverse and forward mode, and under :mod:`torch.func`; nothing of the dense weight's size is ever made on
+    a CPU. Under :class:`torch.autocast` tensors are cast as those of :func:`torch.nn.functional.linear` are. On a GPU
+    the dense weight is made in each call, and a warning says so.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit together, or indices are out of order, repeated or out of
+            range. Raised before any work is done.
+        NotImplementedError: as for :func:`blockdiag.linear`.
+
+    See :class:`blockdiag.BlockSparseLinear` for the module.
+
+    Example::
+
+        >>> import torch, blockdiag
+        >>> dense = torch.randn(32, 8) * torch.tensor([1., 0., 0., 1., 1., 0., 0., 0.])
+        >>> weight = dense.to_sparse_bsr((16, 1))
+        >>> x = torch.randn(5, 8)
+        >>> output = blockdiag.sparse_linear(x, weight.values(), weight.crow_indices(), weight.col_indices())
+        >>> torch.testing.assert_close(output, x @ dense.T)
+    """
+    if not torch.jit.is_scripting() and is_jagged(input):
+        return of_jagged(torch.ops.blockdiag.sparse_linear, input, values, crow_indices, col_indices, bias, diagonal)
+    return torch.ops.blockdiag.sparse_linear(input, values, crow_indices, col_indices, bias, diagonal)

@@ -17,6 +17,7 @@ class Case(NamedTuple):
     make: Callable[..., nn.Module]  # takes device and dtype
     inputs: Callable[[int], tuple[Tensor, ...]]  # of a batch size
     takes_jagged: bool = True
+    traceable: bool = True  # by torch.fx and torch.jit.script
 
 
 def _stacked(**options: Any) -> nn.Module:
@@ -49,6 +50,15 @@ def _conv(dims: int, **settings: Any) -> Case:
     )
 
 
+def _recurrent(kind: type[nn.Module]) -> Case:
+    return Case(
+        lambda **options: kind(12, 8, batch_first=True, block_size=(4, 2), density=0.4, **options),
+        lambda batch: (torch.randn(batch, 5, 12),),
+        takes_jagged=False,
+        traceable=False,
+    )
+
+
 CASES = {
     "BlockDiagLinear": Case(lambda **options: blockdiag.BlockDiagLinear(12, 8, 4, **options), _linear),
     "BlockDiagLinear, without bias": Case(
@@ -63,6 +73,16 @@ CASES = {
     "PermutedBlockDiagLinear, neither": Case(
         lambda **options: blockdiag.PermutedBlockDiagLinear(12, 8, 4, **options), _linear
     ),
+    "BlockSparseLinear": Case(lambda **options: blockdiag.BlockSparseLinear(12, 8, (2, 3), 0.4, **options), _linear),
+    "BlockSparseLinear, diagonal": Case(
+        lambda **options: nn.Sequential(
+            blockdiag.BlockSparseLinear(12, 12, (4, 1), 0.2, diagonal=True, **options),
+            blockdiag.BlockSparseLinear(12, 8, (8, 4), 0.0, bias=False, **options),
+        ),
+        _linear,
+    ),
+    "BlockSparseGRU": _recurrent(blockdiag.BlockSparseGRU),
+    "BlockSparseLSTM": _recurrent(blockdiag.BlockSparseLSTM),
     "LowRankLinear": Case(lambda **options: blockdiag.LowRankLinear(12, 8, 3, **options), _linear),
     "MonarchLinear": Case(lambda **options: blockdiag.MonarchLinear(12, 8, (3, 4), 2, **options), _linear),
     "LowRankConv, 1d": _conv(1, padding=1, padding_mode="circular"),
@@ -88,5 +108,5 @@ def initialized(case: Case, **options: Any) -> nn.Module:
 
 
 def first(output: Any) -> Tensor:
-    """The output; for attention, without the attention weights."""
+    """The output; of attention and recurrent layers, the first of two."""
     return output[0] if isinstance(output, tuple) else output

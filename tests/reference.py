@@ -117,7 +117,7 @@ def make(problem: Problem, dtype: torch.dtype, device: str, *, stacked: bool = F
     return (*tensors, None)[:3]
 
 
-def _wide(tensor: Tensor | None) -> Tensor | None:
+def wide_copy(tensor: Tensor | None) -> Tensor | None:
     """A detached copy in double precision on the CPU."""
     if tensor is None:
         return None
@@ -125,7 +125,7 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
     return tensor.detach().to("cpu", wide).requires_grad_(tensor.requires_grad)
 
 
-def _assert_within(
+def assert_within(
     name: str,
     actual: Tensor,
     expected: Tensor,
@@ -154,7 +154,7 @@ def _assert_within(
         bound = bound + _SLACK * tolerance.result * (expected - bias).abs()
     # Subnormal numbers lack relative precision.
     bound = bound + torch.finfo(dtype).smallest_normal
-    error = (_wide(actual.detach()) - expected).abs()
+    error = (wide_copy(actual.detach()) - expected).abs()
     worst = int((error / bound).nan_to_num(torch.inf).argmax())
     assert (error <= bound).all(), (
         f"{name}: error {error.flatten()[worst]} exceeds {bound.flatten()[worst]} at flat index {worst}: got "
@@ -173,11 +173,11 @@ def check(
 ) -> Tensor:
     """Runs `op` and, given a `grad_output`, its backward pass; compares all results with the reference.
 
-    Returns the output of `op`, which is to be of `dtype`, the input's by default; `rounded` as in _assert_within.
+    Returns the output of `op`, which is to be of `dtype`, the input's by default; `rounded` as in assert_within.
     """
     dtype = dtype or input.dtype
     given = [tensor for tensor in (input, weight, bias) if tensor is not None]
-    wide = [_wide(tensor) for tensor in given]
+    wide = [wide_copy(tensor) for tensor in given]
     expected = linear(*wide)
     magnitude = linear(*[tensor.detach().abs() for tensor in wide])
     actual = op(*given)
@@ -187,18 +187,18 @@ def check(
     if bias is not None and actual.is_cuda and dtype.itemsize == 2 and blockdiag.build_info()["cuda_gemm"] == "cublas":
         # Some kernels of cuBLAS round a half product before they add C, as for torch.baddbmm.
         added = wide[2].detach().reshape(expected.shape[-2 if is_stacked(input, weight) else -1 :])
-    _assert_within("output", actual, expected.detach(), magnitude, weight.shape[-1], dtype, rounded, added)
+    assert_within("output", actual, expected.detach(), magnitude, weight.shape[-1], dtype, rounded, added)
     if grad_output is not None:
         wanted = [index for index, tensor in enumerate(given) if tensor.requires_grad]
         actual_grads = torch.autograd.grad(actual, [given[i] for i in wanted], grad_output, retain_graph=True)
-        expected_grads = torch.autograd.grad(expected, [wide[i] for i in wanted], _wide(grad_output.detach()))
+        expected_grads = torch.autograd.grad(expected, [wide[i] for i in wanted], wide_copy(grad_output.detach()))
         absolute = [tensor.detach().abs().requires_grad_() for tensor in wide]
         magnitudes = torch.autograd.grad(
-            linear(*absolute), [absolute[i] for i in wanted], _wide(grad_output.detach()).abs()
+            linear(*absolute), [absolute[i] for i in wanted], wide_copy(grad_output.detach()).abs()
         )
         batch = expected.numel() // max(weight.shape[0] * weight.shape[1], 1)
         lengths = (weight.shape[1], batch, batch)
         for i, got, want, size in zip(wanted, actual_grads, expected_grads, magnitudes, strict=True):
             name = ("grad input", "grad weight", "grad bias")[i]
-            _assert_within(name, got, want, size, lengths[i], given[i].dtype, rounded)
+            assert_within(name, got, want, size, lengths[i], given[i].dtype, rounded)
     return actual

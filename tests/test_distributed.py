@@ -199,6 +199,31 @@ def test_sharding_rules(num_blocks, world_size, tmp_path):
     run(check_sharding_rules, world_size, tmp_path, num_blocks)
 
 
+def check_sharding_rules_of_block_sparse_layers() -> None:
+    """Activations are sharded by batch, and parameters replicated; the results are those of one process."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(1)
+    layer = blockdiag.BlockSparseLinear(12, 24, (4, 2), 0.4, diagonal=True)
+    x = torch.randn(BATCH, 3, 12, requires_grad=True)
+    output = layer(x)
+    wanted = torch.autograd.grad(output.sin().sum(), [x, *layer.parameters()])
+    replicated = [distribute_tensor(t.detach(), mesh, [Replicate()]) for t in (*layer.parameters(), *layer.buffers())]
+    values, bias, diagonal = (t.requires_grad_() for t in replicated[:3])
+    assert [name for name, _ in layer.named_parameters()] == ["values", "bias", "diagonal"]
+    for placement in (Shard(0), Shard(1), Replicate()):
+        sharded = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
+        result = torch.ops.blockdiag.sparse_linear(sharded, values, *replicated[3:], bias, diagonal)
+        assert result.placements == (placement,)
+        torch.testing.assert_close(result.full_tensor(), output)
+        grads = torch.autograd.grad(result.sin().sum(), [sharded, values, bias, diagonal])
+        torch.testing.assert_close([grad.full_tensor() for grad in grads], list(wanted))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sharding_rules_of_block_sparse_layers(world_size, tmp_path):
+    run(check_sharding_rules_of_block_sparse_layers, world_size, tmp_path)
+
+
 def check_block_parallel() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     expected, model, (x, target) = make_model(), make_model(), make_batch()

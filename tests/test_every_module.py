@@ -113,6 +113,10 @@ def test_autocast(case):
 def test_fx(case):
     """Alone and inside of a model; the result runs, pickles and scripts."""
     module, inputs = initialized(case), case.inputs(3)
+    if not case.traceable:
+        with pytest.raises((ValueError, TypeError)):
+            fx.symbolic_trace(module)
+        return
     traced = fx.symbolic_trace(module)
     assert_same(traced, module, inputs)
     assert_same(pickle.loads(pickle.dumps(traced)), module, inputs)
@@ -125,6 +129,9 @@ def test_fx(case):
 @every_module
 def test_torchscript(case):
     module, inputs = initialized(case), case.inputs(3)
+    if not case.traceable:
+        assert_same(torch.jit.trace(module, inputs), module, inputs)
+        return
     scripted = torch.jit.script(module)
     buffer = io.BytesIO()
     torch.jit.save(scripted, buffer)

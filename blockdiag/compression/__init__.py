@@ -2,6 +2,7 @@
 
 from blockdiag.compression.attention import SplitAttention, split_attention
 from blockdiag.compression.block_diagonal import BlockDiagonal
+from blockdiag.compression.block_sparse import BlockSparse
 from blockdiag.compression.compress import Compression, compress
 from blockdiag.compression.config import Config
 from blockdiag.compression.low_rank import LowRank
@@ -10,6 +11,7 @@ from blockdiag.compression.report import CompressionReport, Cost, LayerReport, S
 
 __all__ = [
     "BlockDiagonal",
+    "BlockSparse",
     "Compression",
     "CompressionReport",
     "Config",

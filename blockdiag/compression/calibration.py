@@ -19,7 +19,7 @@ from blockdiag._surgery.duplicate import (
     uncompiled,
 )
 from blockdiag.compression.checks import CONVOLUTIONS
-from blockdiag.compression.numerics.moments import Moments, add_moments, exact
+from blockdiag.compression.numerics.moments import Moments, add_moments, exact, moments_of
 from blockdiag.compression.progress import track
 
 # Batches for the model, or a function that runs the model on its inputs. A batch is a tensor, a tuple or list of
@@ -80,8 +80,7 @@ def _collect_moments(
             input = args[0] if args else kwargs["input"]
             shapes.setdefault(name, input.shape)
             for rows in _rows(module, input.detach()):
-                rows = exact(rows)
-                new = Moments(rows.shape[1], rows.sum(1), rows.mT @ rows.conj())
+                new = moments_of(rows)
                 moments[name] = add_moments([moments[name], new]) if name in moments else new
         return run_forward(module, *args, **kwargs)
 

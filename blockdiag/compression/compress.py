@@ -50,11 +50,11 @@ def compress(
 ) -> Compression:
     r"""Replaces dense layers of a model by structured ones with fewer parameters and operations, and reports on them.
 
-    The config says which structure: :class:`~blockdiag.BlockDiagonal`, :class:`~blockdiag.LowRank` or
-    :class:`~blockdiag.Monarch`. The new layers are those of the structure that are closest to the dense ones: in their
-    weights, or with ``calibration`` in their outputs on these inputs. Layers that are compressed already are compressed
-    further: :class:`~blockdiag.LowRank` and :class:`~blockdiag.Monarch` lower the rank of what they made. Whether the
-    model still works must be measured, and most models need training afterwards.
+    The config says which structure: :class:`~blockdiag.BlockDiagonal`, :class:`~blockdiag.BlockSparse`,
+    :class:`~blockdiag.LowRank` or :class:`~blockdiag.Monarch`. The new layers are those of the structure that are
+    closest to the dense ones: in their weights, or with ``calibration`` in their outputs on these inputs. Layers that
+    are compressed already are compressed further: :class:`~blockdiag.LowRank` and :class:`~blockdiag.Monarch` lower the
+    rank of what they made. Whether the model still works must be measured, and most models need training afterwards.
 
     Everything is built beside the model; it and its optimizers change at the end, all or nothing. The model's code runs
     on throwaway copies only. Module hooks, training mode, ``requires_grad``, attributes of parameters, dtype and device
@@ -84,7 +84,8 @@ def compress(
             seen there is taken. Default: no timing.
         progress: whether to show progress bars (by tqdm, where installed).
         budget: fraction, up to 1, that may be kept: of the operations of all low-rank and Monarch layers together,
-            shared out by rank to where they reduce the error most, and of the parameters of each block-diagonal layer.
+            shared out by rank to where they reduce the error most, and of the parameters of each block-diagonal and
+            block-sparse layer.
             Not beside a config that fixes a size itself.
 
     Returns:

@@ -192,6 +192,8 @@ def describe(layer: Any) -> str:
     if hasattr(layer, "num_blocks"):
         blocks = layer.num_blocks
         name += f"[{'x'.join(map(str, blocks)) if isinstance(blocks, tuple) else blocks} blocks]"
+    if hasattr(layer, "block_size"):
+        name += f"[{'x'.join(map(str, layer.block_size))} blocks, {100 * layer.density:.3g}%]"
     if hasattr(layer, "rank"):
         name += f"[rank {layer.rank}]"
     if hasattr(layer, "in_features"):

@@ -60,6 +60,31 @@ def _shard_linear_weight_grad(
     return shardings
 
 
+# Block-sparse layers are sharded over the batch; their blocks are not.
+
+
+def _shard_sparse_linear(
+    input: Any, values: Any, crow_indices: Any, col_indices: Any, bias: Any = None, diagonal: Any = None
+) -> list[Sharding]:
+    weight: list[Placement | None] = [None if each is None else Replicate() for each in (bias, diagonal)]
+    return [([rows], [rows, *[Replicate()] * 3, *weight]) for rows in _over_batch(input.shape)]
+
+
+def _shard_sparse_linear_input_grad(grad_output: Any, *args: Any) -> list[Sharding]:
+    return [([rows], [rows, *[Replicate()] * 3, None]) for rows in _over_batch(grad_output.shape)]
+
+
+def _shard_sparse_linear_values_grad(grad_output: Any, *args: Any) -> list[Sharding]:
+    return [
+        ([Partial() if isinstance(rows, Shard) else Replicate()], [rows, rows, Replicate(), Replicate(), None])
+        for rows in _over_batch(grad_output.shape)
+    ]
+
+
+def _over_batch(shape: Sequence[int]) -> list[Placement]:
+    return [Replicate(), *(Shard(dim) for dim in range(len(shape) - 1))]
+
+
 def _weight_bias_grad(op: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Calls the separate ops: DTensor localizes an argument's sizes only for ops with one result."""
     grad_output, input, weight_sizes = args
@@ -77,11 +102,19 @@ def register_sharding_rules() -> None:
     register_sharding(ops.linear.default)(_shard_linear)
     register_sharding(ops.linear_input_grad.default)(_shard_linear_input_grad)
     register_sharding(ops.linear_weight_grad.default)(_shard_linear_weight_grad)
+    register_sharding(ops.sparse_linear.default)(_shard_sparse_linear)
+    register_sharding(ops.sparse_linear_input_grad.default)(_shard_sparse_linear_input_grad)
+    register_sharding(ops.sparse_linear_values_grad.default)(_shard_sparse_linear_values_grad)
     dispatcher: Any = DTensor._op_dispatcher
     dispatcher._custom_op_handlers[ops.linear_weight_bias_grad.default] = _weight_bias_grad
-    # The third argument is the size of the result, which must be local if each shard computes its own part.
-    for op in (ops.linear_input_grad.default, ops.linear_weight_grad.default):
-        dispatcher.sharding_propagator.op_to_shape_and_stride_idx[op] = 2
+    # An argument is the size of the result, which must be local if each shard computes its own part.
+    for op, sizes in (
+        (ops.linear_input_grad, 2),
+        (ops.linear_weight_grad, 2),
+        (ops.sparse_linear_input_grad, 4),
+        (ops.sparse_linear_values_grad, 4),
+    ):
+        dispatcher.sharding_propagator.op_to_shape_and_stride_idx[op.default] = sizes
         # Keep the list of sizes as one argument.
-        info = RuntimeSchemaInfo(static_argnum=2, static_kwargkey=["out_dtype"])
-        dispatcher.sharding_propagator.op_to_schema_info[op] = info
+        info = RuntimeSchemaInfo(static_argnum=sizes, static_kwargkey=["out_dtype"])
+        dispatcher.sharding_propagator.op_to_schema_info[op.default] = info

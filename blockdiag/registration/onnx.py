@@ -19,10 +19,11 @@ _TRANSLATIONS = f"{_TORCHLIB}.ops"  # registers translations when it is first im
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The translation of ``torch.ops.blockdiag.linear`` for :func:`torch.onnx.export`.
+    """The translations of the ops for :func:`torch.onnx.export`.
 
-    A layer becomes a ``MatMul`` of the blocks between two transpositions. The batch may be dynamic. The table is
-    optional: with ``dynamo=True``, the default, importing blockdiag is enough.
+    A block-diagonal layer becomes a ``MatMul`` of the blocks between two transpositions, and a block-sparse one a
+    ``MatMul`` with the dense weight, which a runtime makes once, when it loads the model. The batch may be dynamic. The
+    table is optional: with ``dynamo=True``, the default, importing blockdiag is enough.
 
     Raises:
         ModuleNotFoundError: onnxscript, which :func:`torch.onnx.export` also needs, is not installed.
@@ -67,7 +68,41 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         output = op.Reshape(output, op.Concat(leading, op.Constant(value_ints=features), axis=0), allowzero=1)
         return output if out_dtype is None else op.Cast(output, to=out_dtype)
 
-    return {torch.ops.blockdiag.linear.default: linear}
+    def dense_weight(values: Any, crow_indices: Any, col_indices: Any, cols: int) -> Any:
+        (blocks, *block), rows = values.shape, crow_indices.shape[0] - 1
+        weight = op.Expand(op.CastLike(0.0, values), op.Constant(value_ints=[rows, cols, *block]))
+        if blocks > 0:
+            # Each block's row: the number of rows, after the first, that begin at it or before.
+            begins = op.Slice(crow_indices, op.Constant(value_ints=[1]), op.Constant(value_ints=[rows]))
+            marks = op.Expand(op.Constant(value_int=0), op.Constant(value_ints=[blocks + 1]))
+            ones = op.Expand(op.Constant(value_int=1), op.Constant(value_ints=[rows - 1]))
+            int64 = importlib.import_module("onnx").TensorProto.INT64
+            marks = op.ScatterElements(marks, op.Cast(begins, to=int64), ones, axis=0, reduction="add")
+            row_indices = op.Slice(
+                op.CumSum(marks, op.Constant(value_int=0)),
+                op.Constant(value_ints=[0]),
+                op.Constant(value_ints=[blocks]),
+            )
+            axis = op.Constant(value_ints=[1])
+            positions = [op.Unsqueeze(index, axis) for index in (row_indices, op.Cast(col_indices, to=int64))]
+            weight = op.ScatterND(weight, op.Concat(*positions, axis=1), values)
+        shape = op.Constant(value_ints=[rows * block[0], cols * block[1]])
+        return op.Reshape(op.Transpose(weight, perm=[0, 2, 1, 3]), shape)
+
+    def sparse_linear(
+        input: Any, values: Any, crow_indices: Any, col_indices: Any, bias: Any = None, diagonal: Any = None
+    ) -> Any:
+        weight = dense_weight(values, crow_indices, col_indices, input.shape[-1] // values.shape[2])
+        output = op.MatMul(input, op.Transpose(weight, perm=[1, 0]))
+        output = output if bias is None else op.Add(output, bias)
+        if diagonal is None:
+            return output
+        copies = diagonal.shape[0] // max(input.shape[-1], 1)  # of the input, one for each square matrix
+        inputs = op.Concat(*[input] * copies, axis=-1) if copies > 1 else input
+        return op.Add(output, op.Mul(inputs, diagonal))
+
+    ops = torch.ops.blockdiag
+    return {ops.linear.default: linear, ops.sparse_linear.default: sparse_linear}
 
 
 def _register() -> None:

@@ -1,8 +1,8 @@
 """Batching rules: :func:`torch.vmap` calls them instead of the ops, once for the whole batch.
 
 A batched activation alone has one more leading dimension. If the weight, or its gradient, is batched too, V layers of G
-blocks become one layer of V * G blocks. Results have the batch dimension in front and are contiguous, so that the
-mapped function also sees contiguous results, as the ops promise.
+blocks become one layer of V * G blocks; block-sparse layers then run one by one. Results have the batch dimension in
+front and are contiguous, so that the mapped function also sees contiguous results, as the ops promise.
 """
 
 from collections.abc import Sequence
@@ -127,8 +127,84 @@ def linear_weight_bias_grad(
     return _weight_grad(ops.linear_weight_bias_grad, info, in_dims, *args, **out_dtype), (0, 0)
 
 
+def _one_by_one_samples(op: Any, info: Any, in_dims: Any, *args: Any) -> Tensor:
+    """A call for each sample: each has positions or values of its own."""
+    samples = [
+        [arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims, strict=True)]
+        for index in range(info.batch_size)
+    ]
+    if not samples:  # shapes alone
+        first = [
+            arg if dim is None else arg.new_zeros(_shape(arg, dim)) for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        return op(*first).unsqueeze(0)[:0]
+    return torch.stack([op(*sample) for sample in samples])
+
+
+def sparse_linear(
+    info: Any,
+    in_dims: Any,
+    input: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    diagonal: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    args = (input, values, crow_indices, col_indices, bias, diagonal)
+    in_dims = (*in_dims, *[None] * 6)[:6]
+    if in_dims[0] is not None and in_dims[1:] == (None,) * 5:
+        return ops.sparse_linear(input.movedim(in_dims[0], 0), *args[1:]), 0
+    return _one_by_one_samples(ops.sparse_linear, info, in_dims, *args), 0
+
+
+def sparse_linear_input_grad(
+    info: Any,
+    in_dims: Any,
+    grad_output: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    input_sizes: Sequence[int],
+) -> tuple[Tensor, int]:
+    if tuple(in_dims[1:4]) == (None,) * 3:
+        rows, sizes = grad_output.movedim(in_dims[0], 0), [info.batch_size, *input_sizes]
+        return ops.sparse_linear_input_grad(rows, values, crow_indices, col_indices, sizes), 0
+
+    def op(*tensors: Tensor) -> Tensor:
+        return ops.sparse_linear_input_grad(*tensors, input_sizes)
+
+    return _one_by_one_samples(op, info, in_dims[:4], grad_output, values, crow_indices, col_indices), 0
+
+
+def sparse_linear_values_grad(
+    info: Any,
+    in_dims: Any,
+    grad_output: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values_sizes: Sequence[int],
+) -> tuple[Tensor, int]:
+    def op(*tensors: Tensor) -> Tensor:
+        return ops.sparse_linear_values_grad(*tensors, values_sizes)
+
+    return _one_by_one_samples(op, info, in_dims[:4], grad_output, input, crow_indices, col_indices), 0
+
+
+_RULES = (
+    linear,
+    linear_input_grad,
+    linear_weight_grad,
+    linear_weight_bias_grad,
+    sparse_linear,
+    sparse_linear_input_grad,
+    sparse_linear_values_grad,
+)
+
+
 def register_batching_rules() -> None:
     """Idempotent: if the package is imported again, the first rules stay."""
-    for rule in (linear, linear_input_grad, linear_weight_grad, linear_weight_bias_grad):
+    for rule in _RULES:
         if not getattr(ops, rule.__name__).default.has_kernel_for_dispatch_key(DispatchKey.FuncTorchBatched):
             register_vmap(f"blockdiag::{rule.__name__}", rule)

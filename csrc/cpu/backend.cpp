@@ -27,8 +27,8 @@ bool run_kernel(const GemmProblem& problem, const Operands& operands) {
 }
 
 template <FindKernel find>
-Provider provider_of(const char* name) {
-  return {name, kernels_take<find>, run_kernel<find>};
+Provider provider_of(const char* name, decltype(Provider::run_sparse) run_sparse) {
+  return {name, kernels_take<find>, run_kernel<find>, run_sparse};
 }
 
 bool has(const char* feature) {
@@ -57,11 +57,11 @@ void add_kernels(std::vector<Provider>& providers) {
   }
   if (capability == "AVX512") {
     if (has("avx512_bf16")) {
-      providers.push_back(provider_of<avx512_bf16_kernel>("avx512_bf16"));
+      providers.push_back(provider_of<avx512_bf16_kernel>("avx512_bf16", nullptr));
     }
-    providers.push_back(provider_of<avx512_kernel>("avx512"));
+    providers.push_back(provider_of<avx512_kernel>("avx512", avx512_sparse));
   }
-  providers.push_back(provider_of<avx2_kernel>("avx2"));
+  providers.push_back(provider_of<avx2_kernel>("avx2", avx2_sparse));
 }
 
 #endif
@@ -74,7 +74,7 @@ std::vector<Provider> all_providers() {
   if (mkl_is_available()) {
     providers.push_back({"mkl", mkl_takes, mkl_run});
   }
-  providers.push_back({"aten", aten_takes, aten_run});
+  providers.push_back({"aten", aten_takes, aten_run, portable_sparse});
   return providers;
 }
 

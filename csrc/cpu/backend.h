@@ -18,6 +18,9 @@ bool mkl_run(const GemmProblem& problem, const Operands& operands);
 bool aten_takes(const GemmProblem& problem);
 bool aten_run(const GemmProblem& problem, const Operands& operands);
 
+/// Plain loops, for every dtype and CPU: ATen has no product with blocks of any shape.
+bool portable_sparse(const SparseProblem& problem, const SparseOperands& operands);
+
 /// Writes the bias, if any, to C. Returns the problem that adds the product to it.
 GemmProblem with_bias_written(const GemmProblem& problem, const Operands& operands);
 

@@ -47,6 +47,30 @@ std::tuple<at::Tensor, at::Tensor> linear_weight_bias_grad(
   return op.call(grad_output, input, weight_sizes, out_dtype);
 }
 
+at::Tensor sparse_linear(
+    const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices, const at::Tensor& col_indices,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& diagonal
+) {
+  static const auto op = find_op<decltype(sparse_linear)>("blockdiag::sparse_linear");
+  return op.call(input, values, crow_indices, col_indices, bias, diagonal);
+}
+
+at::Tensor sparse_linear_input_grad(
+    const at::Tensor& grad_output, const at::Tensor& values, const at::Tensor& crow_indices,
+    const at::Tensor& col_indices, c10::SymIntArrayRef input_sizes
+) {
+  static const auto op = find_op<decltype(sparse_linear_input_grad)>("blockdiag::sparse_linear_input_grad");
+  return op.call(grad_output, values, crow_indices, col_indices, input_sizes);
+}
+
+at::Tensor sparse_linear_values_grad(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& crow_indices,
+    const at::Tensor& col_indices, c10::SymIntArrayRef values_sizes
+) {
+  static const auto op = find_op<decltype(sparse_linear_values_grad)>("blockdiag::sparse_linear_values_grad");
+  return op.call(grad_output, input, crow_indices, col_indices, values_sizes);
+}
+
 } // namespace blockdiag
 
 TORCH_LIBRARY(blockdiag, m) {

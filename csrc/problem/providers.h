@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "sparse.h"
 
 #include <algorithm>
 #include <atomic>
@@ -21,6 +22,8 @@ struct Provider {
   bool (*takes)(const GemmProblem& problem);
   /// Computes the problem. False, with nothing written, if only the attempt shows that it cannot.
   bool (*run)(const GemmProblem& problem, const Operands& operands);
+  /// Computes a block-sparse problem. False, with nothing written, if it does not support it; null if it has none.
+  bool (*run_sparse)(const SparseProblem& problem, const SparseOperands& operands) = nullptr;
 };
 
 class Providers {
@@ -64,6 +67,13 @@ class Providers {
       return each.takes(problem);
     });
     return provider != providers_.end() && provider->takes(other);
+  }
+
+  /// Computes a block-sparse problem; false if no provider did.
+  bool run_sparse(const SparseProblem& problem, const SparseOperands& operands) const {
+    return std::any_of(providers_.begin() + first_, providers_.end(), [&](const auto& provider) {
+      return provider.run_sparse != nullptr && provider.run_sparse(problem, operands);
+    });
   }
 
   /// Computes the problem; false if no provider did.

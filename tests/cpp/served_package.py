@@ -8,22 +8,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from blockdiag import BlockDiagLinear
+from blockdiag import BlockDiagLinear, BlockSparseLinear
 
 
 class Net(nn.Module):
-    """Both layouts, with and without bias, in two dtypes, and both dtypes at once under autocast."""
+    """Both layouts, with and without bias, in two dtypes, both dtypes at once under autocast, and sparse blocks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = BlockDiagLinear(12, 32, 4)
         self.second = BlockDiagLinear(32, 20, 4, bias=False, dtype=torch.bfloat16)
         self.third = BlockDiagLinear(20, 8, 4)
+        self.sparse = BlockSparseLinear(8, 16, (16, 1), 0.5, diagonal=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.first(x).relu().unflatten(-1, (4, 8))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.third(self.second(hidden)).float().sin()
+            output = self.third(self.second(hidden)).float().sin()
+        return self.sparse(output)
 
 
 def main(program: str) -> None:

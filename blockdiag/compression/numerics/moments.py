@@ -24,6 +24,12 @@ class Moments(NamedTuple):
         return second - self.mean.unsqueeze(-1) * self.mean.conj().unsqueeze(-2) if centered else second
 
 
+def moments_of(rows: Tensor) -> Moments:
+    """The moments of rows (groups, rows, K)."""
+    rows = exact(rows)
+    return Moments(rows.shape[1], rows.sum(1), rows.mT @ rows.conj())
+
+
 def add_moments(moments: Sequence[Moments]) -> Moments:
     """The moments of all their rows together."""
     num_rows, totals, outers = zip(*moments, strict=True)

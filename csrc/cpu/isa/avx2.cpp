@@ -5,10 +5,13 @@
 #include "cpu/simd/avx2.h"
 
 #include "cpu/microkernels/kernel.h"
+#include "cpu/microkernels/sparse.h"
 
 namespace blockdiag::cpu {
 
 Kernel avx2_kernel(const GemmProblem& problem) { return find_kernel(problem); }
+
+bool avx2_sparse(const SparseProblem& problem, const SparseOperands& operands) { return run_sparse(problem, operands); }
 
 } // namespace blockdiag::cpu
 #endif

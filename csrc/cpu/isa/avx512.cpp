@@ -5,10 +5,15 @@
 #include "cpu/simd/avx512.h"
 
 #include "cpu/microkernels/kernel.h"
+#include "cpu/microkernels/sparse.h"
 
 namespace blockdiag::cpu {
 
 Kernel avx512_kernel(const GemmProblem& problem) { return find_kernel(problem); }
+
+bool avx512_sparse(const SparseProblem& problem, const SparseOperands& operands) {
+  return run_sparse(problem, operands);
+}
 
 } // namespace blockdiag::cpu
 #endif

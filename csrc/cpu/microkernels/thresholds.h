@@ -71,6 +71,13 @@ inline bool wants_prefetch(int64_t rows, int64_t width, int64_t ld) {
 
 constexpr int64_t kLineBytes = 64;
 
+/// Rows of activations that are transposed together for a block-sparse product; up to so few, they are read in place.
+constexpr int64_t kSparseRows = 16, kSparseFewRows = 6;
+/// Output features whose sums are stored at once, and rows of a batch whose activations stay in the second cache.
+constexpr int64_t kSparseSums = 64, kSparsePart = 128;
+/// Elements that are worth waking a thread for, to convert or transpose them.
+constexpr int64_t kSparseLine = 1 << 15;
+
 /// So many bytes of their right operand are prefetched in advance by dot products, or one step of them.
 constexpr int64_t kPrefetchBytes = 1 << 13;
 /// Operands of more bytes leave the second cache.

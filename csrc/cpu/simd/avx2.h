@@ -12,6 +12,19 @@ struct Vector {
 
   static Vector zero() { return {_mm256_setzero_ps()}; }
   static Vector broadcast(float scalar) { return {_mm256_set1_ps(scalar)}; }
+  /// kCount floats, over and over.
+  template <int kCount>
+  static Vector repeat(const float* data) {
+    if constexpr (kCount == 1) {
+      return broadcast(*data);
+    } else if constexpr (kCount == 4) {
+      const __m128 some = _mm_loadu_ps(data);
+      return {_mm256_set_m128(some, some)};
+    } else {
+      static_assert(kCount == kLanes);
+      return load(data);
+    }
+  }
   static Vector load(const float* data) { return {_mm256_loadu_ps(data)}; }
   static Vector load(const c10::Half* data) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)))};

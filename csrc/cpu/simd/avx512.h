@@ -12,6 +12,20 @@ struct Vector {
 
   static Vector zero() { return {_mm512_setzero_ps()}; }
   static Vector broadcast(float scalar) { return {_mm512_set1_ps(scalar)}; }
+  /// kCount floats, over and over.
+  template <int kCount>
+  static Vector repeat(const float* data) {
+    if constexpr (kCount == 1) {
+      return broadcast(*data);
+    } else if constexpr (kCount == 4) {
+      return {_mm512_broadcast_f32x4(_mm_loadu_ps(data))};
+    } else if constexpr (kCount == 8) {
+      return {_mm512_broadcast_f32x8(_mm256_loadu_ps(data))};
+    } else {
+      static_assert(kCount == kLanes);
+      return load(data);
+    }
+  }
   static Vector load(const float* data) { return {_mm512_loadu_ps(data)}; }
   static Vector load(const c10::Half* data) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)))};

@@ -102,5 +102,21 @@ void set_tangent(
   result._set_fw_grad(sum, /*level=*/0, /*is_inplace_op=*/false);
 }
 
+/// op(left, right, rest...), which is linear in each of the two, with its derivatives: those of Function, and tangents.
+template <typename Function, typename Op, typename... Rest>
+at::Tensor bilinear(const Op& op, const at::Tensor& left, const at::Tensor& right, const Rest&... rest) {
+  at::Tensor result;
+  if (requires_grad(left, right)) {
+    result = FunctionCall(left, right).apply<Function>(rest...);
+  } else {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = op(left, right, rest...);
+  }
+  if (has_tangent(left, right)) {
+    set_tangent(result, [&](const at::Tensor& a, const at::Tensor& b) { return op(a, b, rest...); }, left, right);
+  }
+  return result;
+}
+
 } // namespace
 } // namespace blockdiag

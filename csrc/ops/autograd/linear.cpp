@@ -206,35 +206,16 @@ at::Tensor autograd_linear(
   return output;
 }
 
-/// An op that is linear in each of two tensors and takes the sizes of one.
-template <typename Function, typename Op>
-at::Tensor autograd_bilinear(
-    const Op& op, const at::Tensor& left, const at::Tensor& right, c10::SymIntArrayRef sizes, OptionalDtype out_dtype
-) {
-  at::Tensor result;
-  if (requires_grad(left, right)) {
-    result = FunctionCall(left, right).apply<Function>(sizes, out_dtype);
-  } else {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = op(left, right, sizes, out_dtype);
-  }
-  if (has_tangent(left, right)) {
-    const auto product = [&](const at::Tensor& a, const at::Tensor& b) { return op(a, b, sizes, out_dtype); };
-    set_tangent(result, product, left, right);
-  }
-  return result;
-}
-
 at::Tensor autograd_linear_input_grad(
     const at::Tensor& grad_output, const at::Tensor& weight, c10::SymIntArrayRef input_sizes, OptionalDtype out_dtype
 ) {
-  return autograd_bilinear<LinearInputGrad>(linear_input_grad, grad_output, weight, input_sizes, out_dtype);
+  return bilinear<LinearInputGrad>(linear_input_grad, grad_output, weight, input_sizes, out_dtype);
 }
 
 at::Tensor autograd_linear_weight_grad(
     const at::Tensor& grad_output, const at::Tensor& input, c10::SymIntArrayRef weight_sizes, OptionalDtype out_dtype
 ) {
-  return autograd_bilinear<LinearWeightGrad>(linear_weight_grad, grad_output, input, weight_sizes, out_dtype);
+  return bilinear<LinearWeightGrad>(linear_weight_grad, grad_output, input, weight_sizes, out_dtype);
 }
 
 std::tuple<at::Tensor, at::Tensor> autograd_linear_weight_bias_grad(
