@@ -115,8 +115,8 @@ def sparse_linear(
     the dense weight is made in each call, and a warning says so.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit together, or indices are out of order, repeated or out of
-            range. Raised before any work is done.
+        RuntimeError: shapes, dtypes or devices do not fit together, or indices on a CPU are out of order, repeated or
+            out of range. Raised before any work is done.
         NotImplementedError: as for :func:`blockdiag.linear`.
 
     See :class:`blockdiag.BlockSparseLinear` for the module.

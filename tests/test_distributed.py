@@ -204,7 +204,7 @@ def check_sharding_rules_of_block_sparse_layers() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(1)
     layer = blockdiag.BlockSparseLinear(12, 24, (4, 2), 0.4, diagonal=True)
-    x = torch.randn(BATCH, 3, 12, requires_grad=True)
+    x = torch.randn(BATCH, 4, 12, requires_grad=True)
     output = layer(x)
     wanted = torch.autograd.grad(output.sin().sum(), [x, *layer.parameters()])
     replicated = [distribute_tensor(t.detach(), mesh, [Replicate()]) for t in (*layer.parameters(), *layer.buffers())]

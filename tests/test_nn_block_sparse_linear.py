@@ -101,6 +101,40 @@ def test_fewer_inputs_than_features():
     assert constant.values.isfinite().all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("noise", [0, 1e-7, 1e-3])
+def test_inputs_that_hardly_vary(noise, bias):
+    dense = nn.Linear(64, 32, bias=bias, dtype=torch.float64)
+    row = 100 * torch.randn(64, dtype=torch.float64)
+    x = row + noise * torch.randn(500, 64, dtype=torch.float64)
+    layer = BlockSparseLinear.from_dense(dense, (16, 1), 0.25, inputs=x)
+    assert layer.values.isfinite().all()
+    assert_close(layer(x), dense(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_inputs_that_do_not_vary_drop_no_block(value):
+    """A pruned weight keeps its blocks, also those of inputs that are constant in these rows."""
+    dense = nn.Linear(64, 16)
+    kept = torch.zeros(64, dtype=torch.bool)
+    kept[torch.randperm(64)[:16]] = True
+    with torch.no_grad():
+        dense.weight.mul_(kept)
+    x = torch.randn(1000, 64)
+    x[:, :32] = value
+    layer = BlockSparseLinear.from_dense(dense, (16, 1), 0.25, inputs=x)
+    assert torch.equal(layer.col_indices.long(), kept.nonzero().flatten())
+
+
+def test_fake_tensors_and_meta_weights():
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        layer = BlockSparseLinear(64, 64, (16, 4), 0.3, diagonal=True)
+        assert layer(torch.randn(3, 64)).shape == (3, 64)
+    layer = BlockSparseLinear(64, 32, (16, 4), 0.3, device="meta")
+    assert layer.weight.shape == (32, 64)
+    assert layer.to_dense().weight.is_meta
+
+
 def test_bsr():
     dense = torch.randn(32, 24) * (torch.rand(32, 24) < 0.05)
     weight = dense.to_sparse_bsr((4, 3))
@@ -159,6 +193,7 @@ def test_no_block_is_a_bias_alone():
     [
         ((30, 32, (16, 4)), ValueError, "expected in_features to be a multiple of the block's 4, but got 30"),
         ((32, 30, (16, 4)), ValueError, "expected out_features to be a multiple of the block's 16, but got 30"),
+        ((64.0, 32, (16, 4)), TypeError, "expected in_features to be an int, but got 64.0"),
         ((-4, 32, (16, 4)), ValueError, "expected in_features to be a multiple"),
         ((32, 32, (16, 0)), ValueError, r"expected block_size to be positive, but got \(16, 0\)"),
         ((32, 32, (16,)), TypeError, r"expected block_size to be one or two ints, but got \(16,\)"),
@@ -194,9 +229,25 @@ def test_errors_of_conversions():
         BlockSparseLinear.from_dense(nn.Linear(16, 16), inputs=torch.randn(3, 15))
     with pytest.raises(ValueError, match="expected inputs to be finite"):
         BlockSparseLinear.from_dense(nn.Linear(16, 16), inputs=torch.full((3, 16), torch.inf))
+    with pytest.raises(
+        ValueError, match=r"expected inputs to be real, as the weight, and at least one row, but got shape"
+    ):
+        BlockSparseLinear.from_dense(nn.Linear(16, 16), inputs=torch.randn(0, 16))
+    with pytest.raises(ValueError, match="expected inputs to be real, as the weight"):
+        BlockSparseLinear.from_dense(nn.Linear(16, 16), inputs=torch.randn(3, 16, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="expected inputs to be a tensor, but got list"):
+        BlockSparseLinear.from_dense(nn.Linear(16, 16), inputs=[[1.0] * 16])
+    with pytest.raises(TypeError, match=r"expected linear to be an nn.Linear, but got str"):
+        BlockSparseLinear.from_dense("linear")
+    with pytest.raises(ValueError, match="expected the weight to have values, but it is on the meta device"):
+        BlockSparseLinear.from_dense(nn.Linear(16, 16, device="meta"))
+    with pytest.raises(TypeError, match="expected bias to be a tensor, but got list"):
+        BlockSparseLinear.from_bsr(torch.eye(4).to_sparse_bsr((2, 2)), [1.0])
     with pytest.raises(TypeError, match=r"expected a tensor of torch.sparse_bsr layout, but got torch.strided"):
         BlockSparseLinear.from_bsr(torch.randn(4, 4))
-    with pytest.raises(ValueError, match=r"expected bias to have shape \(4,\), but got \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"expected bias to have shape \(4,\) and the dtype torch.float32, but got \(3,\)"
+    ):
         BlockSparseLinear.from_bsr(torch.eye(4).to_sparse_bsr((2, 2)), torch.randn(3))
     layer = BlockSparseLinear(16, 16)
     layer.register_forward_hook(lambda *_: None)

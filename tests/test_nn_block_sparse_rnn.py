@@ -1,5 +1,7 @@
 """Block-sparse recurrent layers compute what the layers of torch.nn compute with the same zeros."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -93,15 +95,32 @@ def test_errors(dense_kind, kind):
         with pytest.raises(ValueError, match=rf"{name}: expected input of shape \(time, \[batch,\] 8\)"):
             layer(input)
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 8)])
-    with pytest.raises(ValueError, match="but got PackedSequence"):
+    with pytest.raises(ValueError, match="but got a PackedSequence"):
         layer(packed)
     with pytest.raises(ValueError, match="at least one step"):
         layer(torch.randn(0, 2, 8))
     state = torch.zeros(1, 3, 16)
-    with pytest.raises(ValueError, match=r"expected a state of shape \(1, 2, 16\), but got \(1, 3, 16\)"):
+    with pytest.raises(ValueError, match=r"expected a state of \d x the shape \(1, 2, 16\), but got \[\(1, 3, 16\)"):
         layer(torch.randn(3, 2, 8), state if kind is BlockSparseGRU else (state, state))
     with pytest.raises(ValueError, match="to be a multiple of the block's 16"):
         kind(8, 13)
+    with pytest.raises(ValueError, match="num_layers must be greater than zero"):
+        kind(8, 16, 0)
+    with pytest.raises(ValueError, match="expected a state of"):
+        layer(torch.randn(3, 2, 8), [torch.zeros(1, 2, 16)] * 3)
+
+
+@every_kind
+@pytest.mark.parametrize("batch", [0, 3])
+def test_vmap(batch, dense_kind, kind):
+    """Over inputs in one call, and over an ensemble."""
+    layer = kind(8, 16, 2, bidirectional=True, block_size=(8, 2), density=0.4)
+    x = torch.randn(batch, 5, 2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's fallback warns
+        mapped = torch.vmap(lambda x: layer(x)[0])(x)
+    assert mapped.shape == (batch, 5, 2, 32)
+    assert_close(mapped, torch.stack([layer(each)[0] for each in x]) if batch else mapped)
 
 
 @every_kind

@@ -175,6 +175,33 @@ def test_vmap(mapped, device):
         assert_close((actual[0][index], tuple(grad[index] for grad in actual[1])), (output, grads))
 
 
+def test_vmap_of_what_does_not_fit(device):
+    layer = make(SMALL, torch.float32, device)
+    message = "expected input to have at least 1 dimension, but got a scalar"
+    rejects(message, torch.tensor(1.0, device=device), *layer[1:4])
+    with pytest.raises(RuntimeError, match=message):
+        torch.vmap(lambda x: ops.sparse_linear(x, *layer[1:4]))(torch.randn(12, device=device))
+
+
+@pytest.mark.parametrize("mapped", [0, 1, 2])
+def test_vmap_over_nothing(mapped, device):
+    layer = make(SMALL, torch.float32, device)
+    arguments = [t.detach().expand(0, *t.shape) if i == mapped else t for i, t in enumerate(layer[:4])]
+    output = torch.vmap(ops.sparse_linear, tuple(0 if i == mapped else None for i in range(4)))(*arguments)
+    assert output.shape == (0, 5, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [1, 40])
+def test_the_diagonal_is_added_before_the_output_is_rounded(batch, dtype, device):
+    """With gradients as without."""
+    layer = make(SparseProblem((batch,), 4, 64, (16, 1), 0.9), dtype, device, diagonal=True)
+    output = ops.sparse_linear(*layer)
+    if device == "cpu":
+        with torch.no_grad():
+            assert torch.equal(ops.sparse_linear(*layer), output)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype, device):
     layer = make(SMALL, torch.float32, device)
@@ -192,6 +219,10 @@ def test_flops():
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         ops.sparse_linear(*layer).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 5 * layer.values.numel()
+    layer = make(SparseProblem((5,), 3, 4, (4, 3), 0.5), torch.float32, diagonal=True)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        ops.sparse_linear(*layer)
+    assert counter.get_total_flops() == 2 * 5 * (layer.values.numel() + 12)
 
 
 def test_the_function_is_the_op(device):

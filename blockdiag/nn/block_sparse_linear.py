@@ -54,16 +54,17 @@ class BlockSparseLinear(Unquantized):
     Examples::
 
         >>> import torch, blockdiag
-        >>> layer = blockdiag.BlockSparseLinear(in_features=256, out_features=128, block_size=(16, 4), density=0.1)
-        >>> layer(torch.randn(32, 256)).shape
-        torch.Size([32, 128])
+        >>> layer = blockdiag.BlockSparseLinear(in_features=64, out_features=32, block_size=(16, 4), density=0.25)
+        >>> layer(torch.randn(10, 64)).shape
+        torch.Size([10, 32])
         >>> layer
-        BlockSparseLinear(in_features=256, out_features=128, block_size=(16, 4), density=0.1, bias=True, diagonal=False)
+        BlockSparseLinear(in_features=64, out_features=32, block_size=(16, 4), density=0.25, bias=True, diagonal=False)
 
     See :func:`blockdiag.sparse_linear` for the function, and :class:`blockdiag.BlockSparse` to convert a model.
     """
 
     __constants__: ClassVar[list[str]] = ["block_size", "in_features", "out_features"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["density", "weight"]
     in_features: int
     out_features: int
     block_size: tuple[int, int]
@@ -93,9 +94,8 @@ class BlockSparseLinear(Unquantized):
         self._make(in_features, out_features, block_size, blocks, bias, diagonal, device, dtype)
         if not self.values.is_meta:
             with torch.device("cpu"):
-                # Some rows have one more than others.
-                counts = torch.full((rows,), blocks // max(rows, 1))
-                counts[torch.randperm(rows)[: blocks - int(counts.sum())]] += 1
+                each, more = divmod(blocks, max(rows, 1))  # some rows have one more than others
+                counts = each + (torch.randperm(rows) < more).long()
                 self._set_positions(torch.rand(rows, cols).argsort(1).argsort(1) < counts.unsqueeze(1))
             self.reset_parameters()
 
@@ -122,7 +122,9 @@ class BlockSparseLinear(Unquantized):
     def _set_positions(self, kept: Tensor) -> None:
         """Keeps the blocks where `kept`, of shape (rows of blocks, columns of blocks), is true."""
         self.crow_indices[1:] = kept.sum(1).cumsum(0)
-        self.col_indices.copy_(kept.nonzero()[:, 1])
+        # As nonzero(), but the size of the result does not depend on values: fake tensors have none.
+        order = kept.flatten().to(torch.uint8).argsort(descending=True, stable=True)
+        self.col_indices.copy_(order[: len(self.col_indices)] % max(kept.shape[1], 1))
 
     def reset_parameters(self) -> None:
         """Draws the parameters anew; the positions of the blocks stay."""
@@ -145,7 +147,7 @@ class BlockSparseLinear(Unquantized):
         rows, cols = self.out_features // self.block_size[0], self.in_features // self.block_size[1]
         blocks = self.values.new_zeros((rows, cols, *self.block_size))
         counts = self.crow_indices.diff().long()
-        row_indices = torch.arange(rows, device=counts.device).repeat_interleave(counts)
+        row_indices = torch.arange(rows, device=counts.device).repeat_interleave(counts, output_size=len(self.values))
         blocks = blocks.index_put((row_indices, self.col_indices.long()), self.values)
         weight = blocks.transpose(1, 2).reshape(self.out_features, self.in_features)
         return weight if self.diagonal is None else weight + diagonals(weight) * self.diagonal.unsqueeze(1)
@@ -201,11 +203,23 @@ class BlockSparseLinear(Unquantized):
         from blockdiag.compression.numerics.moments import moments_of
 
         what = "BlockSparseLinear.from_dense"
+        if not isinstance(linear, nn.Module):
+            raise TypeError(f"{what}: expected linear to be an nn.Linear, but got {type(linear).__name__}")
         reason = why_not_plain(linear, nn.Linear)
         if reason is not None:
             raise ValueError(f"{what}: linear {reason}")
         block_size, density = as_block_size(what, block_size), as_density(what, density)
         check_sizes(what, linear.in_features, linear.out_features, block_size, diagonal)
+        if linear.weight.is_meta:
+            raise ValueError(f"{what}: expected the weight to have values, but it is on the meta device")
+        if inputs is not None and not isinstance(inputs, Tensor):
+            raise TypeError(f"{what}: expected inputs to be a tensor, but got {type(inputs).__name__}")
+        if inputs is not None and (inputs.dtype.is_complex != linear.weight.is_complex() or inputs.numel() == 0):
+            kind = "complex" if linear.weight.is_complex() else "real"
+            raise ValueError(
+                f"{what}: expected inputs to be {kind}, as the weight, and at least one row, but got shape "
+                f"{tuple(inputs.shape)} of {inputs.dtype}"
+            )
         if inputs is not None and inputs.shape[-1:] != (linear.in_features,):
             raise ValueError(
                 f"{what}: expected the last dimension of inputs to be in_features = {linear.in_features}, but got "
@@ -304,9 +318,9 @@ class BlockSparseLinear(Unquantized):
             diagonal: of shape ``(out_features,)``, or ``None``.
 
         Raises:
-            TypeError: ``weight`` is of another layout.
-            ValueError: it has no two dimensions, or ``bias`` or ``diagonal`` another shape.
-            RuntimeError: its indices are out of order.
+            TypeError: ``weight`` is of another layout, or ``bias`` or ``diagonal`` no tensor.
+            ValueError: it has no two dimensions, or ``bias`` or ``diagonal`` another shape or dtype.
+            RuntimeError: its indices are out of order; on a CPU.
 
         Example::
 
@@ -329,10 +343,13 @@ class BlockSparseLinear(Unquantized):
         block_size = (values.shape[1], values.shape[2])
         check_sizes("BlockSparseLinear.from_bsr", in_features, out_features, block_size, diagonal is not None)
         for name, vector in (("bias", bias), ("diagonal", diagonal)):
-            if vector is not None and vector.shape != (out_features,):
+            if vector is not None and not isinstance(vector, Tensor):
+                got = type(vector).__name__
+                raise TypeError(f"BlockSparseLinear.from_bsr: expected {name} to be a tensor, but got {got}")
+            if vector is not None and (vector.shape != (out_features,) or vector.dtype != values.dtype):
                 raise ValueError(
-                    f"BlockSparseLinear.from_bsr: expected {name} to have shape ({out_features},), but got "
-                    f"{tuple(vector.shape)}"
+                    f"BlockSparseLinear.from_bsr: expected {name} to have shape ({out_features},) and the dtype "
+                    f"{values.dtype}, but got {tuple(vector.shape)} and {vector.dtype}"
                 )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -409,11 +426,13 @@ def as_density(what: str, density: Any) -> float:
 
 
 def check_sizes(what: str, in_features: int, out_features: int, block_size: tuple[int, int], diagonal: bool) -> None:
-    """Raises ValueError if blocks do not divide a weight, or it has no diagonal."""
+    """Raises if blocks do not divide a weight, or it has no diagonal."""
     for name, features, size in (
         ("out_features", out_features, block_size[0]),
         ("in_features", in_features, block_size[1]),
     ):
+        if not isinstance(features, int):
+            raise TypeError(f"{what}: expected {name} to be an int, but got {features!r}")
         if features < 0 or features % size != 0:
             raise ValueError(f"{what}: expected {name} to be a multiple of the block's {size}, but got {features}")
     if diagonal and not has_diagonal(in_features, out_features):

@@ -13,7 +13,7 @@ from blockdiag.nn.block_sparse_linear import BlockSparseLinear
 class _BlockSparseRNN(nn.Module):
     """What both recurrent layers share: layers, directions, batches and states."""
 
-    _dense: ClassVar[Any]  # of torch.nn
+    _dense: ClassVar[str]  # the class in torch.nn
     _gates: ClassVar[int]
     _parts: ClassVar[int]  # of a state
     __constants__: ClassVar[list[str]] = ["batch_first", "bidirectional", "hidden_size", "input_size", "num_layers"]
@@ -34,6 +34,8 @@ class _BlockSparseRNN(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        getattr(nn, self._dense)(*sizes, device="meta")  # raises for what it does not take
         super().__init__()
         self._set_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
         options: Any = {"block_size": block_size, "density": density, "bias": bias, "device": device, "dtype": dtype}
@@ -66,7 +68,7 @@ class _BlockSparseRNN(nn.Module):
     def _from_dense(
         cls, dense: nn.RNNBase, block_size: int | Sequence[int], density: float, diagonal: bool
     ) -> "_BlockSparseRNN":
-        reason = why_not_plain(dense, cls._dense)
+        reason = why_not_plain(dense, getattr(nn, cls._dense))
         if reason is None and dense.proj_size > 0:
             reason = f"has projections (proj_size={dense.proj_size})"
         if reason is not None:
@@ -100,7 +102,7 @@ class _BlockSparseRNN(nn.Module):
             ValueError: a layer inside has hooks or a replaced forward.
         """
         weight = self.recurrent_layers[0].values
-        dense = self._dense(
+        dense: Any = getattr(nn, self._dense)(
             self.input_size,
             self.hidden_size,
             self.num_layers,
@@ -160,8 +162,9 @@ class _BlockSparseRNN(nn.Module):
     def _forward(self, input: Tensor, states: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """As the layers of torch.nn; `states` are the parts of a state, each (layers * directions, batch, hidden)."""
         name = type(self).__name__
-        if not isinstance(input, Tensor) or input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
-            got = tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__
+        plain = isinstance(input, Tensor) and not input.is_nested
+        if not plain or input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+            got = tuple(input.shape) if plain else f"a {type(input).__name__}"
             raise ValueError(f"{name}: expected input of shape (time, [batch,] {self.input_size}), but got {got}")
         batched = input.dim() == 3
         steps = input.transpose(0, 1) if batched and self.batch_first else input
@@ -172,9 +175,9 @@ class _BlockSparseRNN(nn.Module):
         shape = (count, *batch, self.hidden_size)
         if states is None:
             states = [input.new_zeros(shape)] * self._parts
-        for state in states:
-            if state.shape != shape:
-                raise ValueError(f"{name}: expected a state of shape {shape}, but got {tuple(state.shape)}")
+        if len(states) != self._parts or any(not isinstance(state, Tensor) or state.shape != shape for state in states):
+            shapes = [tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__ for state in states]
+            raise ValueError(f"{name}: expected a state of {self._parts} x the shape {shape}, but got {shapes}")
         output, last = self._run(steps, [list(state.unbind(0)) for state in states])
         ends = [torch.stack(part) for part in zip(*last, strict=True)]
         return output.transpose(0, 1) if batched and self.batch_first else output, ends
@@ -223,7 +226,7 @@ class BlockSparseGRU(_BlockSparseRNN):
         >>> output, state = layer(torch.randn(1, 1, 32), state)  # one more step
     """
 
-    _dense = nn.GRU
+    _dense = "GRU"
     _gates, _parts = 3, 1
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -304,7 +307,7 @@ class BlockSparseLSTM(_BlockSparseRNN):
         (torch.Size([10, 1, 64]), torch.Size([1, 1, 64]))
     """
 
-    _dense = nn.LSTM
+    _dense = "LSTM"
     _gates, _parts = 4, 2
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:

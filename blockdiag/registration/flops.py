@@ -22,8 +22,13 @@ def linear_weight_grad(
     return 2 * math.prod(grad_output_shape) * weight_sizes[2]
 
 
-def sparse_linear(input_shape: Sequence[int], values_shape: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(input_shape[:-1]) * math.prod(values_shape)
+def sparse_linear(input_shape: Sequence[int], values_shape: Sequence[int], *args: Any, **_: Any) -> int:
+    diagonal_shape = args[3] if len(args) > 3 and args[3] is not None else [0]
+    return 2 * math.prod(input_shape[:-1]) * (math.prod(values_shape) + diagonal_shape[0])
+
+
+def sparse_linear_input_grad(grad_output_shape: Sequence[int], values_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(grad_output_shape[:-1]) * math.prod(values_shape)
 
 
 def sparse_linear_values_grad(
@@ -42,7 +47,7 @@ def register_flop_formulas() -> None:
         ops.linear_weight_grad: linear_weight_grad,
         ops.linear_weight_bias_grad: linear_weight_grad,  # sums are not counted, as in torch's own formulas
         ops.sparse_linear: sparse_linear,
-        ops.sparse_linear_input_grad: sparse_linear,
+        ops.sparse_linear_input_grad: sparse_linear_input_grad,
         ops.sparse_linear_values_grad: sparse_linear_values_grad,
     }
     for op, formula in formulas.items():

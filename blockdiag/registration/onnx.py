@@ -87,7 +87,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             positions = [op.Unsqueeze(index, axis) for index in (row_indices, op.Cast(col_indices, to=int64))]
             weight = op.ScatterND(weight, op.Concat(*positions, axis=1), values)
         shape = op.Constant(value_ints=[rows * block[0], cols * block[1]])
-        return op.Reshape(op.Transpose(weight, perm=[0, 2, 1, 3]), shape)
+        return op.Reshape(op.Transpose(weight, perm=[0, 2, 1, 3]), shape, allowzero=1)
 
     def sparse_linear(
         input: Any, values: Any, crow_indices: Any, col_indices: Any, bias: Any = None, diagonal: Any = None

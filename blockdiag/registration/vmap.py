@@ -134,10 +134,11 @@ def _one_by_one_samples(op: Any, info: Any, in_dims: Any, *args: Any) -> Tensor:
         for index in range(info.batch_size)
     ]
     if not samples:  # shapes alone
+        meta: list[Any] = [arg if arg is None else arg.to("meta") for arg in args]
         first = [
-            arg if dim is None else arg.new_zeros(_shape(arg, dim)) for arg, dim in zip(args, in_dims, strict=True)
+            arg if dim is None else arg.new_empty(_shape(arg, dim)) for arg, dim in zip(meta, in_dims, strict=True)
         ]
-        return op(*first).unsqueeze(0)[:0]
+        return args[0].new_empty((0, *op(*first).shape))
     return torch.stack([op(*sample) for sample in samples])
 
 
@@ -153,7 +154,7 @@ def sparse_linear(
 ) -> tuple[Tensor, int]:
     args = (input, values, crow_indices, col_indices, bias, diagonal)
     in_dims = (*in_dims, *[None] * 6)[:6]
-    if in_dims[0] is not None and in_dims[1:] == (None,) * 5:
+    if in_dims[0] is not None and in_dims[1:] == (None,) * 5 and input.dim() > 1:
         return ops.sparse_linear(input.movedim(in_dims[0], 0), *args[1:]), 0
     return _one_by_one_samples(ops.sparse_linear, info, in_dims, *args), 0
 
@@ -192,6 +193,37 @@ def sparse_linear_values_grad(
     return _one_by_one_samples(op, info, in_dims[:4], grad_output, input, crow_indices, col_indices), 0
 
 
+def _recurrent(op: Any, info: Any, in_dims: Any, activations: int, *args: Any) -> Any:
+    """`activations`: those of the arguments whose first one has a dimension of time before that of the batch."""
+    in_dims = (*in_dims, *[None] * len(args))[: len(args)]
+    if any(dim is not None for dim in in_dims[activations:]):
+        rows = [
+            [arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims, strict=True)]
+            for index in range(info.batch_size)
+        ]
+        results = [op(*row) for row in rows]
+        return tree_map(lambda *each: torch.stack(each), *results), 0
+    moved = []
+    for index, (arg, dim) in enumerate(zip(args[:activations], in_dims, strict=False)):
+        to = 1 if index == 0 else 0
+        moved.append(arg.movedim(dim, to) if dim is not None else _expanded(arg, info.batch_size, to))
+    return op(*moved, *args[activations:]), None
+
+
+def _expanded(tensor: Tensor, size: int, dim: int) -> Tensor:
+    return tensor.unsqueeze(dim).expand(*tensor.shape[:dim], size, *tensor.shape[dim:])
+
+
+def sparse_gru(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    output, dim = _recurrent(ops.sparse_gru, info, in_dims, 2, *args)
+    return output, 1 if dim is None else dim
+
+
+def sparse_lstm(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    outputs, dim = _recurrent(ops.sparse_lstm, info, in_dims, 3, *args)
+    return outputs, (1, 0) if dim is None else (dim, dim)
+
+
 _RULES = (
     linear,
     linear_input_grad,
@@ -200,6 +232,8 @@ _RULES = (
     sparse_linear,
     sparse_linear_input_grad,
     sparse_linear_values_grad,
+    sparse_gru,
+    sparse_lstm,
 )
 
 

@@ -45,6 +45,13 @@ def closest(
     plain = None if moments is None else moments.second(centered=False)[0]
     second = None if moments is None else moments.second(centered)[0]
     own = diagonals(weight) if diagonal else None
+    if plain is not None and second is not None:
+        # A ridge towards the weight: directions that inputs do not have stay as they are, and decide where inputs do
+        # not. The second part is above what centering rounds off.
+        ridge = 1e-6 * second.diagonal().real.mean().clamp(min=0) + 1e-10 * plain.diagonal().real.mean()
+        second = second + (ridge if ridge > 0 else 1.0) * torch.eye(
+            len(second), dtype=second.dtype, device=second.device
+        )
     blocks = blocks_of(weight if own is None else weight.masked_fill(own, 0), block_size)
     kept = _largest(_energies(blocks, second), round(density * blocks.shape[0] * blocks.shape[1]))
     mask = kept[:, None, :, None].expand(-1, block_size[0], -1, block_size[1]).reshape(weight.shape)
@@ -53,7 +60,7 @@ def closest(
     errors = {"largest blocks": relative_error(weight, weight - result, plain, plain)}
     if moments is not None and second is not None:
         result = _refitted(weight, mask, second, 1 if diagonal else block_size[0])
-        errors["refitted"] = relative_error(weight, weight - result, second, plain)
+        errors["refitted"] = relative_error(weight, weight - result, moments.second(centered)[0], plain)
     difference = weight - result
     if own is None:
         return Fitted(kept, result, None, difference, errors)
@@ -78,21 +85,11 @@ def _largest(energies: Tensor, count: int) -> Tensor:
 
 
 def _refitted(weight: Tensor, mask: Tensor, second: Tensor, rows_alike: int) -> Tensor:
-    """The matrix on `mask`, equal in each `rows_alike` rows, whose outputs are closest to those of `weight`.
-
-    Least squares with a small ridge towards `weight`: directions that inputs do not have stay as they are.
-    """
+    """The matrix on `mask`, equal in each `rows_alike` rows, whose outputs are closest to those of `weight`."""
     result = torch.zeros_like(weight)
-    ridge = 1e-6 * second.diagonal().real.mean()
     for first in range(0, len(weight), rows_alike):
         rows = slice(first, first + rows_alike)
         (columns,) = mask[first].nonzero(as_tuple=True)
-        if ridge == 0 or len(columns) == 0:
-            result[rows, columns] = weight[rows, columns]
-            continue
-        inner = second[columns][:, columns]
-        inner.diagonal().add_(ridge)
-        target = weight[rows] @ second[:, columns] + ridge * weight[rows, columns]
-        factor = torch.linalg.cholesky(inner)
-        result[rows, columns] = torch.cholesky_solve(target.mH, factor).mH
+        factor = torch.linalg.cholesky(second[columns][:, columns])
+        result[rows, columns] = torch.cholesky_solve((weight[rows] @ second[:, columns]).mH, factor).mH
     return result

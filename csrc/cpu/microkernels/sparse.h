@@ -19,7 +19,7 @@ class SparseProduct {
 
   void output() const {
     const int width = row_width(matrix_);
-    if (batch_ <= kSparseFewRows && width > 0) {
+    if (width > 0 && batch_ <= few_rows_of(matrix_, width)) {
       width == 1 ? few_rows<1>() : width == 4 ? few_rows<4>() : width == 8 ? few_rows<8>() : few_rows<16>();
       return;
     }
@@ -223,7 +223,7 @@ class SparseProduct {
       }
       const Added<T> added{bias(), diagonal(), input(), operands_.input_ld, matrix_.in_features()};
       at::parallel_for(0, matrix_.block_rows, block_row_grain(4 * batch_), [&](int64_t begin, int64_t end) {
-        const auto sums = floats(matrix_.out_block);
+        const auto sums = floats(matrix_.out_block + Vector::kLanes);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t first = operands_.row_offsets[r], count = operands_.row_offsets[r + 1] - first;
           const T* const values = static_cast<const T*>(operands_.values) + first * matrix_.block_size();

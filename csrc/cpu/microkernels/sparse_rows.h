@@ -24,11 +24,12 @@ template <int kGroup, int kCount, int kWidth = 1>
 }
 
 /// Sums over a row of blocks for one row of activations `x`, of the output features in kVectors vectors of each block.
-/// A vector has kWidth inputs of kLanes / kWidth outputs, or of one output if in_block is a multiple of kWidth.
-template <int kWidth, int kVectors, typename T>
+/// A vector has kWidth inputs of kLanes / kWidth outputs, or of one output if in_block is a multiple of kWidth. Writes whole
+/// vectors of outputs. kPartial: there is one vector, and it has only `lanes` values.
+template <int kWidth, int kVectors, bool kPartial, typename T>
 [[gnu::noinline]] void row_sums(
-    const T* values, const int32_t* cols, int64_t count, int64_t in_block, int64_t block_size, const float* x,
-    float* result
+    const T* values, const int32_t* cols, int64_t count, int64_t in_block, int64_t block_size, int lanes,
+    const float* x, float* result
 ) {
   constexpr int kOutputs = Vector::kLanes / kWidth;       // of a vector
   in_block = kWidth < Vector::kLanes ? kWidth : in_block; // a constant
@@ -47,7 +48,8 @@ template <int kWidth, int kVectors, typename T>
       const auto factor = Vector::template repeat<kWidth>(inputs + k);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i) {
-        chain[i] = chain[i].plus_product(Vector::load(values + i * kOutputs * in_block + k), factor);
+        const T* const from = values + i * kOutputs * in_block + k;
+        chain[i] = chain[i].plus_product(kPartial ? Vector::load_masked(from, lanes) : Vector::load(from), factor);
       }
     }
     values += block_size;
@@ -84,18 +86,25 @@ template <int kWidth, int kVectors, typename T>
   }
 }
 
-/// How the blocks' vectors are summed: kWidth inputs beside each other. 0 if blocks are not made of whole vectors.
+/// How many inputs are beside each other in the vectors of a block: all of them, or a vector's. 0 if neither is possible.
 inline int row_width(const BlockSparseMatrix& matrix) {
   for (const int width : {16, 8, 4, 1}) {
-    const bool whole = width == Vector::kLanes ? matrix.in_block % width == 0 : matrix.in_block == width;
-    if (width <= Vector::kLanes && whole && matrix.out_block % (Vector::kLanes / width) == 0) {
+    const bool fits = width == Vector::kLanes ? matrix.in_block % width == 0 : matrix.in_block == width;
+    if (width <= Vector::kLanes && fits) {
       return width;
     }
   }
   return 0;
 }
 
-/// All output features of one row of blocks.
+/// Up to how many rows are few: fewer if vectors are not full.
+inline int64_t few_rows_of(const BlockSparseMatrix& matrix, int width) {
+  const int64_t outputs = Vector::kLanes / width; // of a vector
+  const int64_t padded = (matrix.out_block + outputs - 1) / outputs * outputs;
+  return std::max<int64_t>(kSparseFewRows * matrix.out_block / padded, 1);
+}
+
+/// All output features of one row of blocks. Writes whole vectors of them.
 template <int kWidth, typename T>
 void block_row_sums(
     const T* values, const int32_t* cols, int64_t count, const BlockSparseMatrix& matrix, const float* x, float* result
@@ -104,7 +113,7 @@ void block_row_sums(
   int64_t left = matrix.out_block / kOutputs; // vectors
   const auto take = [&]<int kVectors>(std::integral_constant<int, kVectors>) {
     for (; left >= kVectors; left -= kVectors) {
-      row_sums<kWidth, kVectors>(values, cols, count, matrix.in_block, matrix.block_size(), x, result);
+      row_sums<kWidth, kVectors, false>(values, cols, count, matrix.in_block, matrix.block_size(), 0, x, result);
       values += kVectors * kOutputs * matrix.in_block;
       result += kVectors * kOutputs;
     }
@@ -113,6 +122,9 @@ void block_row_sums(
   take(std::integral_constant<int, kBlockVectors / 2>());
   take(std::integral_constant<int, 2>());
   take(std::integral_constant<int, 1>());
+  if (const auto rest = static_cast<int>(matrix.out_block % kOutputs); rest > 0) {
+    row_sums<kWidth, 1, true>(values, cols, count, matrix.in_block, matrix.block_size(), rest * kWidth, x, result);
+  }
 }
 
 } // namespace

@@ -3,7 +3,6 @@
 #include "function_call.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addcmul.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -37,39 +36,72 @@ at::Tensor sum_over_batch(const at::Tensor& grad_output) {
   return leading.empty() ? grad_output.clone(at::MemoryFormat::Contiguous) : grad_output.sum(leading).contiguous();
 }
 
+/// Features as those of the square matrices that a weight with a diagonal stacks: (*, matrices, in_features).
+at::Tensor by_matrix(const at::Tensor& tensor, const c10::SymInt& in_features) {
+  auto sizes = with_last(tensor.sym_sizes(), tensor.sym_size(-1) / in_features.max(1));
+  sizes.push_back(in_features);
+  return tensor.reshape_symint(sizes); // batched gradients have no rule for unflatten, and none for flatten
+}
+
+/// diagonal(f) input(f mod in_features): the diagonal's share in the output.
+at::Tensor scaled(const at::Tensor& input, const at::Tensor& diagonal) {
+  const auto in_features = input.sym_size(-1);
+  const auto product = input.unsqueeze(-2).mul(by_matrix(diagonal, in_features));
+  return product.reshape_symint(with_last(input.sym_sizes(), diagonal.sym_size(0)));
+}
+
 struct SparseLinear : torch::autograd::Function<SparseLinear> {
   static constexpr bool is_traceable = true;
 
+  /// `own_diagonal`: with its tangent, if it has one.
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices,
-      const at::Tensor& col_indices, const std::optional<at::Tensor>& bias, FunctionCall* call
+      const at::Tensor& col_indices, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& diagonal,
+      const std::optional<at::Tensor>* own_diagonal, FunctionCall* call
   ) {
+    check_sparse_linear(input, values, crow_indices, col_indices, bias, diagonal); // before sizes are read
+    const bool diagonal_requires_grad = diagonal && diagonal->requires_grad();
     ctx->save_for_backward({
         input.requires_grad() ? call->right : at::Tensor(),
-        values.requires_grad() ? call->left : at::Tensor(),
+        values.requires_grad() || diagonal_requires_grad ? call->left : at::Tensor(),
         crow_indices,
         col_indices,
+        diagonal && input.requires_grad() ? **own_diagonal : at::Tensor(),
     });
     ctx->saved_data["in_features"] = input.sym_size(-1);
     ctx->saved_data["values_sizes"] = values.sym_sizes();
     ctx->saved_data["has_bias"] = bias.has_value();
-    return call->run([&] { return sparse_linear(input, values, crow_indices, col_indices, bias); });
+    ctx->saved_data["has_diagonal"] = diagonal.has_value();
+    return call->run([&] { return sparse_linear(input, values, crow_indices, col_indices, bias, diagonal); });
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
     const auto& grad_output = grad_outputs[0];
-    variable_list grads(6);
+    const auto in_features = ctx->saved_data["in_features"].toSymInt();
+    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    const bool has_diagonal = ctx->saved_data["has_diagonal"].toBool();
+    const size_t diagonal_index = has_bias ? 5 : 4; // among the tensors that there are
+    variable_list grads(8);
     if (ctx->needs_input_grad(0)) {
-      const auto sizes = with_last(grad_output.sym_sizes(), ctx->saved_data["in_features"].toSymInt());
+      const auto sizes = with_last(grad_output.sym_sizes(), in_features);
       grads[0] = sparse_linear_input_grad(grad_output, conj_if_complex(saved[0]), saved[2], saved[3], sizes);
+      if (has_diagonal) {
+        const auto factors = by_matrix(conj_if_complex(saved[4]), in_features);
+        grads[0] = grads[0].add(by_matrix(grad_output, in_features).mul(factors).sum(-2));
+      }
     }
     if (ctx->needs_input_grad(1)) {
       const auto sizes = ctx->saved_data["values_sizes"].toSymIntVector();
       grads[1] = sparse_linear_values_grad(grad_output, conj_if_complex(saved[1]), saved[2], saved[3], sizes);
     }
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(4)) {
+    if (has_bias && ctx->needs_input_grad(4)) {
       grads[4] = sum_over_batch(grad_output);
+    }
+    if (has_diagonal && ctx->needs_input_grad(diagonal_index)) {
+      const auto inputs = conj_if_complex(saved[1]).unsqueeze(-2);
+      const auto product = by_matrix(grad_output, in_features).mul(inputs);
+      grads[5] = sum_over_batch(product.reshape_symint(grad_output.sym_sizes()));
     }
     return grads;
   }
@@ -122,6 +154,7 @@ struct SparseLinearValuesGrad : torch::autograd::Function<SparseLinearValuesGrad
         crow_indices,
         col_indices,
     });
+    check_sparse_linear_values_grad(grad_output, input, crow_indices, col_indices, values_sizes);
     ctx->saved_data["in_features"] = input.sym_size(-1);
     return call->run([&] {
       return sparse_linear_values_grad(grad_output, input, crow_indices, col_indices, values_sizes);
@@ -147,36 +180,33 @@ at::Tensor autograd_sparse_linear(
     const at::Tensor& input, const at::Tensor& values, const at::Tensor& crow_indices, const at::Tensor& col_indices,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& diagonal
 ) {
-  const bool differentiates = requires_grad(input, values) || (bias && requires_grad(*bias));
-  const bool bias_has_tangent = bias && has_tangent(*bias);
-  const bool has_tangents = has_tangent(input, values) || bias_has_tangent;
-  if (diagonal && (differentiates || has_tangents || requires_grad(*diagonal) || has_tangent(*diagonal))) {
-    check_sparse_linear(input, values, crow_indices, col_indices, bias, diagonal);
-    const auto product = autograd_sparse_linear(input, values, crow_indices, col_indices, bias, std::nullopt);
-    const auto in_features = input.sym_size(-1);
-    if (product.sym_size(-1) == in_features) {
-      return at::addcmul(product, input, *diagonal);
-    }
-    const auto each = std::vector<c10::SymInt>{-1, in_features};
-    return at::addcmul(product.unflatten_symint(-1, each), input.unsqueeze(-2), diagonal->unflatten_symint(-1, each))
-        .flatten(-2);
-  }
+  const auto is_differentiated = [](const std::optional<at::Tensor>& tensor) {
+    return tensor && requires_grad(*tensor);
+  };
+  const auto moves = [](const std::optional<at::Tensor>& tensor) { return tensor && has_tangent(*tensor); };
   at::Tensor output;
-  if (differentiates) {
-    output = FunctionCall(input, values).apply<SparseLinear>(crow_indices, col_indices, primal(bias));
+  if (requires_grad(input, values) || is_differentiated(bias) || is_differentiated(diagonal)) {
+    output = FunctionCall(input, values)
+                 .apply<SparseLinear>(crow_indices, col_indices, primal(bias), primal(diagonal), &diagonal);
   } else {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     output = sparse_linear(input, values, crow_indices, col_indices, bias, diagonal);
   }
-  if (has_tangents) {
-    at::Tensor bias_tangent;
-    if (bias_has_tangent) {
-      bias_tangent = tangent(*bias).expand_as(output);
+  if (has_tangent(input, values) || moves(bias) || moves(diagonal)) {
+    at::Tensor more;
+    if (moves(bias)) {
+      more = tangent(*bias).expand_as(output);
+    }
+    if (moves(diagonal)) {
+      more = sum_of(more, scaled(primal(input), tangent(*diagonal)));
+    }
+    if (diagonal && has_tangent(input)) {
+      more = sum_of(more, scaled(tangent(input), primal(*diagonal)));
     }
     const auto product = [&](const at::Tensor& x, const at::Tensor& v) {
       return sparse_linear_as_is(x, v, crow_indices, col_indices);
     };
-    set_tangent(output, product, input, values, bias_tangent);
+    set_tangent(output, product, input, values, more);
   }
   return output;
 }

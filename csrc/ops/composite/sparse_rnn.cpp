@@ -24,6 +24,7 @@ void check_gates(
       ": expected input_gates to have one dimension more than hidden, that of time, but got shapes ",
       input_gates.sym_sizes(), " and ", hidden.sym_sizes()
   );
+  TORCH_CHECK(input_gates.sym_size(0) > 0, op, ": expected at least one step, but got none");
   auto of_step = c10::SymDimVector(hidden.sym_sizes().begin(), hidden.sym_sizes().end());
   of_step.back() *= gates;
   TORCH_CHECK(
@@ -80,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor> sparse_lstm(
     const auto gates = from_input.add(sparse_linear(state, values, crow_indices, col_indices, bias, diagonal));
     const auto parts = gates.chunk(4, -1); // input, forget, cell, output
     memory = at::addcmul(parts[1].sigmoid().mul(memory), parts[0].sigmoid(), parts[2].tanh());
-    state = parts[3].sigmoid().mul(memory.tanh());
+    state = parts[3].sigmoid().mul(memory.tanh()).to(gates.scalar_type());
     states.push_back(state);
   }
   return {at::stack(states), std::move(memory)};

@@ -47,10 +47,10 @@ at::Tensor sparse_linear(
   const auto sizes = check_sparse_linear(input, values, crow_indices, col_indices, bias, diagonal);
   const c10::DeviceGuard guard(input.device());
   const auto output = at::linear(input, dense_weight(values, crow_indices, col_indices, sizes), bias);
-  if (!diagonal) {
+  if (!diagonal || output.numel() == 0) {
     return output.contiguous();
   }
-  const auto each = std::vector<int64_t>{-1, input.size(-1)};
+  const auto each = std::vector<int64_t>{output.size(-1) / input.size(-1), input.size(-1)};
   return at::addcmul(output.unflatten(-1, each), input.unsqueeze(-2), diagonal->unflatten(-1, each)).flatten(-2);
 }
 
@@ -69,10 +69,10 @@ at::Tensor sparse_linear_values_grad(
 ) {
   const auto sizes = check_sparse_linear_values_grad(grad_output, input, crow_indices, col_indices, values_sizes);
   const c10::DeviceGuard guard(grad_output.device());
-  const auto matrix = [](const at::Tensor& rows) { return rows.reshape({-1, rows.size(-1)}); };
+  const auto batch = sizes.batch.expect_int();
+  const auto matrix = [&](const at::Tensor& rows) { return rows.reshape({batch, rows.size(-1)}); };
   const auto rows = sizes.block_rows.expect_int(), cols = sizes.block_cols.expect_int();
-  const auto grads = grad_output.dim() == 1 ? at::matmul(grad_output.unsqueeze(1), input.unsqueeze(0))
-                                            : at::matmul(matrix(grad_output).t(), matrix(input));
+  const auto grads = at::matmul(matrix(grad_output).t(), matrix(input));
   const auto blocks = grads.view({rows, sizes.out_block.expect_int(), cols, sizes.in_block.expect_int()});
   return blocks.transpose(1, 2).index(positions(crow_indices, col_indices, sizes)).contiguous();
 }
