@@ -256,6 +256,37 @@ def goals(content: dict[str, Any]) -> str:
     return "\n".join(aligned(rows))
 
 
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Speedup over dense against density: a panel for each batch, a line for each block of 16 outputs."""
+    from matplotlib import pyplot as plt
+
+    cases = [c for c in content["cases"] if c["pass"] == "fwd" and not c["rotate"] and c["precision"] == "float32"]
+    cases = [c for c in cases if (c["problem"]["in_features"], c["problem"]["out_features"]) == (1024, 1024)]
+    batches = sorted({c["problem"]["batch"] for c in cases})
+    figure, panels = plt.subplots(1, len(batches), figsize=(9, 3.2), sharey=True, squeeze=False, layout="constrained")
+    for batch, axes in zip(batches, panels[0], strict=True):
+        for block, color in zip(_BLOCKS, ("#0072b2", "#d55e00", "#009e73"), strict=True):
+            for over, style in (("dense", "-"), ("ours_dense", ":")):
+                points = {}
+                for case in cases:
+                    problem, ratio = SparseProblem(**case["problem"]), speedup(case, over)
+                    if (problem.batch, *problem[3:5]) == (batch, *block) and ratio is not None:
+                        points[problem.density] = ratio
+                label = f"{block[0]}x{block[1]} over {'F.linear' if over == 'dense' else 'our dense kernel'}"
+                axes.plot(*zip(*sorted(points.items()), strict=True), style, color=color, label=label, marker=".")
+        axes.axhline(1, color="0.7", linewidth=1, zorder=0)
+        axes.set(xscale="log", yscale="log", title=f"batch {batch}", xlabel="density")
+        ticks = [0.05, 0.1, 0.2, 0.5]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("times as fast, 1024 -> 1024")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse", description=__doc__)
     add = parser.add_argument
@@ -266,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--density", type=float, nargs="+", help="only problems of these densities")
     add("--output", type=Path, metavar="JSON", help="where to write all numbers")
     add("--show", type=Path, metavar="JSON", help="measure nothing, show this")
+    add("--plot", type=Path, metavar="PNG", help="plot the speedup against the density")
     arguments = parser.parse_args(argv)
     if arguments.show:
         content = runs.load(arguments.show)
@@ -299,6 +331,8 @@ def main(argv: list[str] | None = None) -> int:
                 runs.save(content, arguments.output)
     print("\n".join(table(content)))
     print(goals(content))
+    if arguments.plot:
+        plot(content, arguments.plot)
     return 0
 
 

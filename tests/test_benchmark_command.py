@@ -65,7 +65,7 @@ def test_command_line(tiny, tmp_path, capsys):
 
 def test_older_results(tmp_path, capsys):
     """Their ceilings are a GEMM's rate and the bandwidth of a copy."""
-    content = runs.load(RESULTS / "avx512.json")
+    content = runs.load(RESULTS / "zen4.json")
     fields = ("dtype", "threads", "operations_per_second", "bytes_per_second")
     older = [{name: ceiling[name] for name in fields} for ceiling in content["ceilings"]]
     runs.save({**content, "ceilings": older}, tmp_path / "older.json")
