@@ -39,6 +39,7 @@ def test_goals_and_tables(content, tmp_path, capsys):
         for name, entry in case["contestants"].items():
             entry["times_us"] = [1.0, 1.0] if name == "ours" else [5.0, 5.0]
     runs.save(content, tmp_path / "known.json")
+    capsys.readouterr()
     assert sparse.main(["--show", str(tmp_path / "known.json")]) == 0
     printed = capsys.readouterr().out
     assert "batch 1 in the cache, over dense" in printed

@@ -1,5 +1,6 @@
 """The functions that compute the examples' numbers."""
 
+import copy
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from blockdiag import compress
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 example = pytest.importorskip("packed_ensemble_digits")
 does_it_pay = pytest.importorskip("does_it_pay")
+prune_blocks = pytest.importorskip("prune_blocks")
 
 
 def test_calibration_of_known_predictions():
@@ -77,3 +79,25 @@ def test_methods_keep_their_budgets(method):
         compressed, _ = compress(model, config, does_it_pay.HIDDEN_LAYER, budget=budget, calibration=calibration)
         weights = sum(p.numel() for p in compressed[2].parameters() if p.dim() > 1)
         assert 0.9 * budget * 64 * 64 <= weights <= budget * 64 * 64
+
+
+@pytest.mark.parametrize("block", [(16, 1), (8, 4)])
+def test_pruning_keeps_what_it_should(block):
+    """As many blocks as asked for, and a network that has learned."""
+    data = does_it_pay.load_data(0, torch.device("cpu"))
+    dense = does_it_pay.make_network(64, torch.device("cpu"))
+    does_it_pay.train(dense, data, 6, 3e-3)
+    before = copy.deepcopy(dense.state_dict())
+    sparse, when_pruned = prune_blocks.prune(dense, block, 0.25, data, 6)
+    assert sparse[2].block_size == block
+    assert sparse[2].density == 0.25
+    assert does_it_pay.accuracy(sparse, data) >= when_pruned - 0.05 > 0.8
+    torch.testing.assert_close(dense.state_dict(), before, rtol=0, atol=0)
+
+
+def test_conclusion_on_pruning():
+    dense = result("dense", 100, 0.98, 10.0)
+    text = prune_blocks.conclude([dense, result("16x4", 25, 0.979, 2.0), result("blocks", 12, 0.98, 1.0)], 0.003)
+    assert "16x4 with 25% of the parameters runs 5.00 times as fast at -0.10 points" in text
+    assert "the fastest of all: blocks with 12%" in text
+    assert "no sparse network is within" in prune_blocks.conclude([dense, result("16x4", 25, 0.9, 2.0)], 0.003)
