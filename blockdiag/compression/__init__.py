@@ -5,6 +5,7 @@ from blockdiag.compression.block_diagonal import BlockDiagonal
 from blockdiag.compression.block_sparse import BlockSparse
 from blockdiag.compression.compress import Compression, compress
 from blockdiag.compression.config import Config
+from blockdiag.compression.group_lasso import GroupLasso
 from blockdiag.compression.low_rank import LowRank
 from blockdiag.compression.monarch import Monarch
 from blockdiag.compression.report import CompressionReport, Cost, LayerReport, Step
@@ -16,6 +17,7 @@ __all__ = [
     "CompressionReport",
     "Config",
     "Cost",
+    "GroupLasso",
     "LayerReport",
     "LowRank",
     "Monarch",
