@@ -255,6 +255,17 @@ def test_errors_of_conversions():
         layer.to_dense()
 
 
+@pytest.mark.parametrize("shape", [(3, 32), (3, 128), (3, 64, 2), (64, 3), ()], ids=str)
+def test_inputs_of_another_size(shape):
+    """Fewer features than all blocks need, or more: the op itself would compute with the first ones."""
+    layer = BlockSparseLinear(64, 32, (16, 4), 0.25)
+    with pytest.raises(ValueError, match=r"expected input's last dimension to be in_features = 64, but got shape"):
+        layer(torch.randn(shape))
+    nested = torch.nested.nested_tensor([torch.randn(3, 32)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="in_features = 64"):
+        layer(nested)
+
+
 def test_other_positions_in_a_state_dict():
     """They load, and a state dict of another number of blocks does not."""
     layer, other = (BlockSparseLinear(64, 32, (16, 4), 0.25) for _ in range(2))

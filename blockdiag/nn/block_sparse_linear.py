@@ -49,7 +49,8 @@ class BlockSparseLinear(Unquantized):
     Raises:
         TypeError: ``block_size`` is not one or two integers, or ``density`` not a number.
         ValueError: blocks are not positive, or do not divide the features; ``density`` is not from 0 to 1; or
-            ``diagonal``, where ``out_features`` are no multiple of ``in_features``.
+            ``diagonal``, where ``out_features`` are no multiple of ``in_features``. In a call: the input has another
+            number of features.
 
     Examples::
 
@@ -153,6 +154,13 @@ class BlockSparseLinear(Unquantized):
         return weight if self.diagonal is None else weight + diagonals(weight) * self.diagonal.unsqueeze(1)
 
     def forward(self, input: Tensor) -> Tensor:
+        # The op reads the number of features off the input. A proxy of torch.fx is no Tensor, and has no sizes.
+        known = not torch.jit.is_scripting() and isinstance(input, Tensor) and _has_shape(input)
+        if known and input.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"BlockSparseLinear: expected input's last dimension to be in_features = {self.in_features}, but got "
+                f"shape {tuple(input.shape)}"
+            )
         return sparse_linear(input, self.values, self.crow_indices, self.col_indices, self.bias, self.diagonal)
 
     def extra_repr(self) -> str:
@@ -386,6 +394,10 @@ class BlockSparseLinear(Unquantized):
         values = self.values.detach().clone()
         size = (self.out_features, self.in_features)
         return torch.sparse_bsr_tensor(indices[0], indices[1], values, size=size, check_invariants=False)
+
+
+def _has_shape(input: Tensor) -> bool:
+    return not input.is_nested or input.layout == torch.jagged
 
 
 def as_block_size(what: str, block_size: Any) -> tuple[int, int]:

@@ -25,7 +25,7 @@ class Net(nn.Module):
         hidden = self.first(x).relu().unflatten(-1, (4, 8))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = self.third(self.second(hidden)).float().sin()
-        return self.sparse(output)
+        return self.sparse(output.flatten(-2))
 
 
 def main(program: str) -> None:
