@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from blockdiag import BlockSparse, BlockSparseLinear, compress
-from blockdiag.nn.block_sparse_linear import blocks_of
+from blockdiag.nn._sparse_blocks import blocks_of
 from models import mlp
 
 

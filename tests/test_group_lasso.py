@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from blockdiag import BlockSparse, compress
 from blockdiag.compression import GroupLasso
-from blockdiag.nn.block_sparse_linear import blocks_of
+from blockdiag.nn._sparse_blocks import blocks_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)

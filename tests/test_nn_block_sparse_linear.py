@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from blockdiag import BlockSparseLinear
-from blockdiag.nn.block_sparse_linear import blocks_of
+from blockdiag.nn._sparse_blocks import blocks_of
 
 SIZES = [(16, 1), (16, 4), (4, 4), (1, 8), (8, 3)]
 

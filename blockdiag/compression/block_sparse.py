@@ -15,7 +15,7 @@ from blockdiag.compression.numerics.block_sparse import closest
 from blockdiag.compression.numerics.moments import Moments
 from blockdiag.compression.report import Step
 from blockdiag.nn import BlockSparseLinear
-from blockdiag.nn.block_sparse_linear import (
+from blockdiag.nn._sparse_blocks import (
     as_block_size,
     as_density,
     blocks_of,

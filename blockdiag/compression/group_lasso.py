@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockdiag.nn.block_sparse_linear import as_block_size, blocks_of, check_sizes
+from blockdiag.nn._sparse_blocks import as_block_size, blocks_of, check_sizes
 
 
 class GroupLasso:

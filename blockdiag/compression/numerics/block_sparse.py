@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blockdiag.compression.numerics.moments import Moments, exact
 from blockdiag.compression.numerics.projection import relative_error
-from blockdiag.nn.block_sparse_linear import blocks_of, diagonals
+from blockdiag.nn._sparse_blocks import blocks_of, diagonals
 
 
 class Fitted(NamedTuple):
