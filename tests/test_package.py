@@ -324,9 +324,9 @@ def test_every_cpu_gemm(gemm):
     assert chosen.stdout.split()[0] == gemm
     if chosen.stdout.strip() == blockdiag.build_info()["cpu_gemm"]:
         pytest.skip(f"{gemm} is what all tests run on")
-    tests = [
-        str(ROOT / "tests" / name) for name in ("test_linear.py", "test_random.py", "test_memory.py", "test_bounds.py")
-    ]
+    files = ("test_linear.py", "test_random.py", "test_memory.py", "test_bounds.py")
+    sparse = ("test_values_and_gradients", "test_diagonal", "test_nothing_is_read_beyond_the_operands")
+    tests = [str(ROOT / "tests" / name) for name in (*files, *(f"test_sparse_linear.py::{test}" for test in sparse))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not cuda", *tests]
     result = run(*command, cwd=ROOT, BLOCKDIAG_CPU_GEMM=gemm)
     assert result.returncode == 0, result.stdout[-3000:]
