@@ -48,14 +48,13 @@ class SparseProblem(NamedTuple):
 def problems() -> list[SparseProblem]:
     """The goals' first; then batches, blocks and densities at one size."""
     sizes = ((1024, 1024), (768, 3072))
-    blocks = ((16, 1), (16, 4), (16, 16))
     of_goals = [
         SparseProblem(batch, *size, *block, 0.1)
-        for batch, size, block in itertools.product((1, 16, 128), sizes, blocks)
+        for batch, size, block in itertools.product((1, 16, 128), sizes, BLOCKS)
     ]
     sweep = [
         SparseProblem(batch, *sizes[0], *block, density)
-        for batch, block, density in itertools.product((1, 16, 128, 2048), blocks, (0.05, 0.1, 0.2, 0.35, 0.5, 0.7))
+        for batch, block, density in itertools.product((1, 16, 128, 2048), BLOCKS, (0.05, 0.1, 0.2, 0.35, 0.5, 0.7))
     ]
     others = [
         SparseProblem(batch, *sizes[0], *block, 0.1)
@@ -223,36 +222,46 @@ def table(content: dict[str, Any]) -> Iterator[str]:
         yield "\n".join(aligned(rows)) + "\n"
 
 
-# The goals for one thread in float32: what, the cases, over which contestant, and the least speedup.
-_FINE = ((16, 1), (16, 4))
-_BLOCKS = (*_FINE, (16, 16))
-GOALS: list[tuple[str, Callable[[SparseProblem, str, bool], bool], str, float]] = [
-    ("batch 1 in the cache, over dense", lambda p, w, r: p.batch == 1 and not r and p[3:5] in _FINE, "dense", 4),
-    ("batch 1 from memory, over dense", lambda p, w, r: p.batch == 1 and r and p[3:5] in _FINE, "dense", 7),
-    ("batch 16 and 128, over our dense", lambda p, w, r: p.batch in (16, 128) and p[3:5] in _BLOCKS, "ours_dense", 6),
-    ("batch 16 and 128, over dense", lambda p, w, r: p.batch in (16, 128) and p[3:5] in _BLOCKS, "dense", 12),
-    ("batch 16 and 128, over BSR", lambda p, w, r: p.batch in (16, 128) and p[3:5] in _BLOCKS, "bsr", 15),
-    ("forward + backward, batch 128, over dense", lambda p, w, r: p.batch == 128 and p[3:5] in _BLOCKS, "dense", 5),
+class Goal(NamedTuple):
+    """The least speedup over a contestant at density 0.1, for one thread in float32."""
+
+    what: str
+    which: str
+    rotate: bool
+    batches: tuple[int, ...]
+    blocks: tuple[tuple[int, int], ...]
+    over: str
+    least: float
+
+
+FINE = ((16, 1), (16, 4))
+BLOCKS = (*FINE, (16, 16))
+GOALS = [
+    Goal("batch 1 in the cache, over dense", "fwd", False, (1,), FINE, "dense", 4),
+    Goal("batch 1 from memory, over dense", "fwd", True, (1,), FINE, "dense", 7),
+    Goal("batch 16 and 128, over our dense", "fwd", False, (16, 128), BLOCKS, "ours_dense", 6),
+    Goal("batch 16 and 128, over dense", "fwd", False, (16, 128), BLOCKS, "dense", 12),
+    Goal("batch 16 and 128, over BSR", "fwd", False, (16, 128), BLOCKS, "bsr", 15),
+    Goal("forward + backward, batch 128, over dense", "fwd+bwd", False, (128,), BLOCKS, "dense", 5),
 ]
 
 
 def goals(content: dict[str, Any]) -> str:
     rows = [["at density 0.1", "goal", "lowest", "mean", "at"]]
-    for what, fits, over, least in GOALS:
+    for goal in GOALS:
         found = {}
         for case in content["cases"]:
-            problem = SparseProblem(**case["problem"])
-            which = "fwd+bwd" if what.startswith("forward + backward") else "fwd"
-            fits_setting = case["pass"] == which and case["threads"] == 1 and case["precision"] == "float32"
-            rotates = None if case["rotate"] and problem.batch > 1 else case["rotate"]
-            if fits_setting and problem.density == 0.1 and rotates is not None and fits(problem, which, rotates):
-                ratio = speedup(case, over)
+            problem, setting = SparseProblem(**case["problem"]), (case["pass"], case["rotate"])
+            fits = setting == (goal.which, goal.rotate) and (case["threads"], case["precision"]) == (1, "float32")
+            shape = (problem.out_block, problem.in_block)
+            if fits and problem.density == 0.1 and problem.batch in goal.batches and shape in goal.blocks:
+                ratio = speedup(case, goal.over)
                 if ratio is not None:
                     found[str(problem)] = ratio
         if found:
             lowest = min(found, key=lambda name: found[name])
             mean = statistics.geometric_mean(found.values())
-            rows.append([what, f"{least:g}", f"{found[lowest]:.2f}", f"{mean:.2f}", lowest])
+            rows.append([goal.what, f"{goal.least:g}", f"{found[lowest]:.2f}", f"{mean:.2f}", lowest])
     return "\n".join(aligned(rows))
 
 
@@ -265,7 +274,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
     batches = sorted({c["problem"]["batch"] for c in cases})
     figure, panels = plt.subplots(1, len(batches), figsize=(9, 3.2), sharey=True, squeeze=False, layout="constrained")
     for batch, axes in zip(batches, panels[0], strict=True):
-        for block, color in zip(_BLOCKS, ("#0072b2", "#d55e00", "#009e73"), strict=True):
+        for block, color in zip(BLOCKS, ("#0072b2", "#d55e00", "#009e73"), strict=True):
             for over, style in (("dense", "-"), ("ours_dense", ":")):
                 points = {}
                 for case in cases:

@@ -58,6 +58,8 @@ def test_from_dense(dense_kind, kind):
     assert_close(flat(part.to_dense()(x)), flat(part(x)))
     with pytest.raises(ValueError, match=r"from_dense: the layer is a torch.nn.modules.rnn.RNN"):
         kind.from_dense(nn.RNN(16, 32))
+    with pytest.raises(TypeError, match=r"from_dense: expected an nn\.\w+, but got str"):
+        kind.from_dense("layer")
 
 
 @every_kind
@@ -121,6 +123,12 @@ def test_vmap(batch, dense_kind, kind):
         mapped = torch.vmap(lambda x: layer(x)[0])(x)
     assert mapped.shape == (batch, 5, 2, 32)
     assert_close(mapped, torch.stack([layer(each)[0] for each in x]) if batch else mapped)
+    stacked = torch.func.stack_module_state([layer, kind(8, 16, 2, bidirectional=True, block_size=(8, 2), density=0.4)])
+    parameters, buffers = ({name: t[: min(batch, 2)] for name, t in state.items()} for state in stacked)
+    call = torch.vmap(lambda p, b: torch.func.functional_call(layer, (p, b), (torch.ones(5, 2, 8),))[0])
+    ensemble = call(parameters, buffers)
+    assert ensemble.shape == (min(batch, 2), 5, 2, 32)
+    assert_close(ensemble[:1], layer(torch.ones(5, 2, 8))[0].unsqueeze(0)[: min(batch, 1)])
 
 
 @every_kind

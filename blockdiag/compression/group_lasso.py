@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockdiag.compression.config import as_number
 from blockdiag.nn._sparse_blocks import as_block_size, blocks_of, check_sizes
 
 
@@ -98,12 +99,7 @@ class GroupLasso:
 
 
 def _as_nonnegative(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, bool | str):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"GroupLasso: expected {name} to be a number, but got {value!r}") from None
-    if not number >= 0 or math.isinf(number):
+    number = as_number(name, value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"GroupLasso: expected {name} to be finite and not negative, but got {value}")
     return number

@@ -77,3 +77,14 @@ def diagonals(weight: Tensor) -> Tensor:
 def blocks_of(weight: Tensor, block_size: tuple[int, int]) -> Tensor:
     """The blocks of a matrix, of shape (rows of blocks, columns of blocks, *block_size); a view if it can be one."""
     return weight.unflatten(0, (-1, block_size[0])).unflatten(2, (-1, block_size[1])).transpose(1, 2)
+
+
+def check_features(input: Any, in_features: int) -> None:
+    """Raises ValueError for another number of features: the op reads it off the input."""
+    # A proxy of torch.fx is no Tensor, and strided nested tensors have no shape.
+    known = isinstance(input, Tensor) and (not input.is_nested or input.layout == torch.jagged)
+    if known and input.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"BlockSparseLinear: expected input's last dimension to be in_features = {in_features}, but got shape "
+            f"{tuple(input.shape)}"
+        )

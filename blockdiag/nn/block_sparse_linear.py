@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from blockdiag._surgery.plain import carry_attributes, why_not_plain
 from blockdiag.functional import sparse_linear
 from blockdiag.nn._shared import Unquantized, check_own_forward
-from blockdiag.nn._sparse_blocks import as_block_size, as_density, blocks_of, check_sizes, diagonals
+from blockdiag.nn._sparse_blocks import as_block_size, as_density, blocks_of, check_features, check_sizes, diagonals
 
 
 class BlockSparseLinear(Unquantized):
@@ -155,7 +155,7 @@ class BlockSparseLinear(Unquantized):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            _check_features(input, self.in_features)
+            check_features(input, self.in_features)
         return sparse_linear(input, self.values, self.crow_indices, self.col_indices, self.bias, self.diagonal)
 
     def extra_repr(self) -> str:
@@ -389,14 +389,3 @@ class BlockSparseLinear(Unquantized):
         values = self.values.detach().clone()
         size = (self.out_features, self.in_features)
         return torch.sparse_bsr_tensor(indices[0], indices[1], values, size=size, check_invariants=False)
-
-
-def _check_features(input: Any, in_features: int) -> None:
-    """Raises ValueError for another number of features: the op reads it off the input."""
-    # A proxy of torch.fx is no Tensor, and strided nested tensors have no shape.
-    known = isinstance(input, Tensor) and (not input.is_nested or input.layout == torch.jagged)
-    if known and input.shape[-1:] != (in_features,):
-        raise ValueError(
-            f"BlockSparseLinear: expected input's last dimension to be in_features = {in_features}, but got shape "
-            f"{tuple(input.shape)}"
-        )

@@ -68,6 +68,8 @@ class _BlockSparseRNN(nn.Module):
     def _from_dense(
         cls, dense: nn.RNNBase, block_size: int | Sequence[int], density: float, diagonal: bool
     ) -> "_BlockSparseRNN":
+        if not isinstance(dense, nn.Module):
+            raise TypeError(f"{cls.__name__}.from_dense: expected an nn.{cls._dense}, but got {type(dense).__name__}")
         reason = why_not_plain(dense, getattr(nn, cls._dense))
         if reason is None and dense.proj_size > 0:
             reason = f"has projections (proj_size={dense.proj_size})"

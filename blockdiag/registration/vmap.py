@@ -127,19 +127,18 @@ def linear_weight_bias_grad(
     return _weight_grad(ops.linear_weight_bias_grad, info, in_dims, *args, **out_dtype), (0, 0)
 
 
-def _one_by_one_samples(op: Any, info: Any, in_dims: Any, *args: Any) -> Tensor:
-    """A call for each sample: each has positions or values of its own."""
+def _sample_by_sample(op: Any, info: Any, in_dims: Any, *args: Any) -> Any:
+    """A call for each sample, where each has positions or values of its own; results are stacked."""
     samples = [
         [arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims, strict=True)]
         for index in range(info.batch_size)
     ]
-    if not samples:  # shapes alone
-        meta: list[Any] = [arg if arg is None else arg.to("meta") for arg in args]
-        first = [
-            arg if dim is None else arg.new_empty(_shape(arg, dim)) for arg, dim in zip(meta, in_dims, strict=True)
-        ]
-        return args[0].new_empty((0, *op(*first).shape))
-    return torch.stack([op(*sample) for sample in samples])
+    if samples:
+        return tree_map(lambda *each: torch.stack(each), *(op(*sample) for sample in samples))
+    # Shapes alone.
+    meta: list[Any] = [arg if arg is None else arg.to("meta") for arg in args]
+    one = [arg if dim is None else arg.new_empty(_shape(arg, dim)) for arg, dim in zip(meta, in_dims, strict=True)]
+    return tree_map(lambda result: args[0].new_empty((0, *result.shape)), op(*one))
 
 
 def sparse_linear(
@@ -156,7 +155,7 @@ def sparse_linear(
     in_dims = (*in_dims, *[None] * 6)[:6]
     if in_dims[0] is not None and in_dims[1:] == (None,) * 5 and input.dim() > 1:
         return ops.sparse_linear(input.movedim(in_dims[0], 0), *args[1:]), 0
-    return _one_by_one_samples(ops.sparse_linear, info, in_dims, *args), 0
+    return _sample_by_sample(ops.sparse_linear, info, in_dims, *args), 0
 
 
 def sparse_linear_input_grad(
@@ -175,7 +174,7 @@ def sparse_linear_input_grad(
     def op(*tensors: Tensor) -> Tensor:
         return ops.sparse_linear_input_grad(*tensors, input_sizes)
 
-    return _one_by_one_samples(op, info, in_dims[:4], grad_output, values, crow_indices, col_indices), 0
+    return _sample_by_sample(op, info, in_dims[:4], grad_output, values, crow_indices, col_indices), 0
 
 
 def sparse_linear_values_grad(
@@ -190,19 +189,14 @@ def sparse_linear_values_grad(
     def op(*tensors: Tensor) -> Tensor:
         return ops.sparse_linear_values_grad(*tensors, values_sizes)
 
-    return _one_by_one_samples(op, info, in_dims[:4], grad_output, input, crow_indices, col_indices), 0
+    return _sample_by_sample(op, info, in_dims[:4], grad_output, input, crow_indices, col_indices), 0
 
 
 def _recurrent(op: Any, info: Any, in_dims: Any, activations: int, *args: Any) -> Any:
     """`activations`: those of the arguments whose first one has a dimension of time before that of the batch."""
     in_dims = (*in_dims, *[None] * len(args))[: len(args)]
     if any(dim is not None for dim in in_dims[activations:]):
-        rows = [
-            [arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims, strict=True)]
-            for index in range(info.batch_size)
-        ]
-        results = [op(*row) for row in rows]
-        return tree_map(lambda *each: torch.stack(each), *results), 0
+        return _sample_by_sample(op, info, in_dims, *args), 0
     moved = []
     for index, (arg, dim) in enumerate(zip(args[:activations], in_dims, strict=False)):
         to = 1 if index == 0 else 0
